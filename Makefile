@@ -1,0 +1,47 @@
+# make demo | test | lint | bench | gpu
+# Each target makes its own .venv when there is none and installs what it needs; `make gpu` uses the python at hand.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+THREADS := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
+export OMP_NUM_THREADS ?= $(THREADS)
+export HF_HUB_DISABLE_TELEMETRY = 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: help install demo test lint bench gpu clean
+help:
+	@sed -n 's/^\([a-z]*\): *.*## /  make \1\t/p' $(MAKEFILE_LIST)
+
+# torch first and by itself: with it in place nothing else pulls another build of it.
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 12) else "emokernels needs Python 3.11 or 3.12, this is " + sys.version.split()[0] + "; try: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools wheel
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[test,lint]'
+	@touch $@
+
+install: $(VENV)/.installed ## make .venv and install everything
+
+demo: $(VENV)/.installed ## the whole story on the embedded model, and a page to look at
+	$(BIN)/emocircuits demo --out demo-out
+
+# One worker a core, one thread a worker: many small tests run faster that way than few threaded ones.
+test: $(VENV)/.installed ## every test that runs without a GPU
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(THREADS) --dist worksteal
+
+lint: $(VENV)/.installed ## ruff, mypy, import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.installed ## what an intervention costs on this CPU
+	$(BIN)/python bench/attention_cpu.py --check
+	$(BIN)/python bench/generation.py --check
+
+gpu: ## GPU tests and benchmarks, with the python at hand; installs nothing
+	PYTHONPATH=.:python $(PYTHON) -m pytest -m gpu -p no:cacheprovider tests
+
+clean: ## remove the environment and what the targets wrote
+	rm -rf $(VENV) demo-out build *.egg-info
