@@ -1,0 +1,180 @@
+"""Attention with routes and head edits: the public function, and the entry without validation for patched models."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import composed, reference
+from .backends import resolve
+from .checks import check_attention
+from .composed.backward import attend_backward
+from .heads import HeadEdits, apply_head_edits
+from .ops import register_recomputed, register_with_backward
+from .problem import Problem
+from .routes import Routes
+
+logger = logging.getLogger("emokernels")
+
+_OPS: dict[str, Any] = {
+    "reference": register_recomputed("attention_reference", reference.attend),
+    "composed": register_with_backward("attention_composed", composed.attend_with_lse, attend_backward),
+}
+_announced: set[str] = set()
+
+
+class AttentionOutput(NamedTuple):
+    """z ``[B, H, N, D]`` in q's dtype; lse ``[B, H, N]`` float32 (float64 for float64 q), natural logarithm."""
+
+    z: Tensor
+    lse: Tensor
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    roles: Tensor | None = None,
+    query_roles: Tensor | None = None,
+    routes: Routes | None = None,
+    heads: HeadEdits | None = None,
+    mask: Tensor | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    backend: str = "auto",
+) -> AttentionOutput:
+    """Softmax attention whose logits, weights and outputs are changed per head and per route.
+
+    For query i of role d and key j of role r (docs/kernels.md)::
+
+        s   = scale * <q_i, k_j>;  s = softcap * tanh(s / softcap)
+        s'  = routes.scale[d, r] * s + routes.abs[d, r] * |s| + routes.bias[d, r] (+ additive mask)
+        p   = softmax over the visible keys of s';   lse = logsumexp over the visible keys of s'
+        z   = sum_j p_j * routes.gain[d, r] * v_j    (not renormalised)
+        z'  = heads.scale * z + heads.shift, or heads.replace where heads.mask
+
+    A boost never revives a masked key. A query that sees no key gets z = 0 and lse = -inf.
+
+    Args:
+        q: ``[B, H, N, D]`` float32, float64, bfloat16 or float16, any strides.
+        k, v: ``[B, Hkv, K, D]`` like q, with H a multiple of Hkv.
+        roles: ``[B|1, K]`` uint8, the Role of every key. Needed with routes.
+        query_roles: ``[B|1, N]`` uint8; by default the roles of the last N keys.
+        routes: tables ``[B|1, H, R, R]``, differentiable. None changes nothing.
+        heads: edits of z. None changes nothing.
+        mask: ``[B|1, 1|H, N, K]``, bool (True = attend) or additive float. Additive values of -inf or the dtype's lowest
+            finite number mask. Applies together with `causal` and `window`; not differentiable.
+        causal: query i sees keys ``j <= i + K - N`` (bottom-right aligned; needs N <= K).
+        scale: multiplies the logits; by default ``D ** -0.5``.
+        window: query i sees keys ``j > i + K - N - window``; needs `causal`.
+        softcap: caps logits before the routes, as Gemma 2 does.
+        backend: "auto", "reference" or "composed" (see `backends()`).
+
+    Returns:
+        AttentionOutput(z, lse). z is fresh memory laid out as [B, N, H, D]. lse does not depend on gain or head edits.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it, what was expected and the way out.
+        NotImplementedError: the backend is not available here, or a gradient was asked that does not exist.
+    """
+    chosen = resolve(backend)
+    check_attention(q, k, v, roles, query_roles, routes, heads, mask, causal, scale, window, softcap)
+    if backend == "auto" and chosen not in _announced and not torch.compiler.is_compiling():
+        _announced.add(chosen)
+        logger.info("backend='auto' uses %r for attention on %s", chosen, q.device.type)
+    z, lse = run(
+        q,
+        k,
+        v,
+        roles=roles,
+        query_roles=query_roles,
+        routes=routes,
+        heads=heads,
+        mask=mask,
+        causal=causal,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        need_lse=True,
+        backend=chosen,
+    )
+    assert lse is not None
+    return AttentionOutput(z, lse)
+
+
+def run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    roles: Tensor | None = None,
+    query_roles: Tensor | None = None,
+    routes: Routes | None = None,
+    heads: HeadEdits | None = None,
+    mask: Tensor | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    need_lse: bool = False,
+    backend: str = "composed",
+) -> tuple[Tensor, Tensor | None]:
+    """`attention` without validation, for callers that have validated once and call every layer and step.
+
+    Arguments as in `attention`; `backend` must be a name that `resolve` returned. lse is None unless `need_lse`.
+    Without routes and with `need_lse=False` this is exactly ``F.scaled_dot_product_attention`` with the arguments that
+    Hugging Face's sdpa path gives it, so an unedited layer stays bit for bit what it was.
+    """
+    problem = make_problem(q, k, v, roles, query_roles, routes, mask, causal, scale, window, softcap)
+    lse: Tensor | None
+    if backend == "composed" and not need_lse and composed.is_plain(problem):
+        z, lse = composed.plain(problem), None
+    elif backend == "composed" and _callable_directly(problem):
+        z, lse = composed.attend(problem, need_lse)
+    else:
+        z, lse = _OPS[backend](*problem)
+    if heads is not None:
+        z = apply_head_edits(z, heads, inplace=not torch.is_grad_enabled() and not torch.compiler.is_compiling())
+    return z, lse
+
+
+def make_problem(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    roles: Tensor | None,
+    query_roles: Tensor | None,
+    routes: Routes | None,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> Problem:
+    """Arguments of `attention` as the ops take them, defaults filled in."""
+    n, keys = q.shape[2], k.shape[2]
+    bias = factor = magnitude = gain = None
+    if routes is not None:
+        bias, factor, magnitude, gain = routes.bias, routes.scale, routes.abs, routes.gain
+        if query_roles is None and roles is not None:
+            query_roles = roles[:, keys - n :]
+    if scale is None:
+        scale = q.shape[3] ** -0.5
+    return Problem(
+        q, k, v, roles, query_roles, bias, factor, magnitude, gain, mask, causal, scale, window or 0, softcap or 0.0
+    )
+
+
+def _callable_directly(problem: Problem) -> bool:
+    """True when the dispatcher has nothing to add: eager mode, plain tensors, no gradient wanted, no mode active."""
+    if torch.compiler.is_compiling() or type(problem.q) is not Tensor or torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    if not torch.is_grad_enabled():
+        return True
+    return not any(t is not None and t.requires_grad for t in problem[:10])
