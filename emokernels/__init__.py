@@ -12,6 +12,7 @@ torch.Size([1, 4, 8, 16])
 from ._version import __version__
 from .attention import AttentionOutput, attention
 from .backends import Backend, backends
+from .edits import edit_neurons
 from .heads import HeadEdits
 from .mlp import gated_activation
 from .neurons import NeuronEdits
@@ -27,5 +28,6 @@ __all__ = [
     "__version__",
     "attention",
     "backends",
+    "edit_neurons",
     "gated_activation",
 ]

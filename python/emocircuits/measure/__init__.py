@@ -1,0 +1,6 @@
+"""Measurements on a forward pass: activations and attention weights, patched or not."""
+
+from emocircuits.measure.attention import attention_weights
+from emocircuits.measure.capture import capture
+
+__all__ = ["attention_weights", "capture"]

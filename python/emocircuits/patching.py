@@ -1,0 +1,330 @@
+"""``with patch(model, plan):`` puts a plan into a Hugging Face model, and takes it out again, bit for bit.
+
+While a model is patched, three things differ from the model left alone, all undone on exit:
+
+- its text decoder uses our attention function, which hands unedited layers to the stock one;
+- modules that the plan edits carry a hook or a site; modules it does not edit carry nothing;
+- the backbone has a pre-hook that finds the roles of the tokens (:mod:`emocircuits.context`).
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import emokernels as emo
+import torch
+from emokernels import Role
+from emokernels.attention import run as run_attention
+from emokernels.backends import resolve
+from emokernels.edits import run_edit_neurons
+from torch import Tensor, nn
+
+from emocircuits import attention as hf_attention
+from emocircuits.context import Context
+from emocircuits.edits import AddVector, ReplaceVector, ScaleNeurons, Site
+from emocircuits.families import Handle, open_model
+from emocircuits.plan import Plan
+from emocircuits.tables import LayerTables, check, compile_plan
+
+log = logging.getLogger(__name__)
+
+MARK = "_emocircuits_patched"
+Tap = Callable[["Tapped"], None]
+
+
+class Tapped:
+    """What a tap sees of one attention call: its inputs and the edits made to it."""
+
+    def __init__(self, layer: int, site: _AttentionSite, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, causal: bool) -> None:
+        self.layer, self.q, self.k, self.v, self.mask, self.scale, self.causal = layer, q, k, v, mask, scale, causal
+        tables = site.tables()
+        self.routes = tables.routes if tables else None
+        self.roles = site.patched.context.key_roles(k.shape[2])
+        self.query_roles = site.patched.context.query_roles
+
+
+class _AttentionSite:
+    """Attention of one layer of a patched model."""
+
+    def __init__(self, patched: Patched, layer: int) -> None:
+        self.patched, self.layer = patched, layer
+
+    def tables(self) -> LayerTables | None:
+        return self.patched.tables.get(self.layer)
+
+    def active(self) -> bool:
+        return self.patched.tap is not None or self.edited()
+
+    def edited(self) -> bool:
+        tables = self.tables()
+        return tables is not None and not self.patched.context.phases.isdisjoint(tables.attention_phases)
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scaling: float | None, causal: bool
+    ) -> Tensor:
+        context = self.patched.context
+        if self.patched.tap is not None:
+            self.patched.tap(Tapped(self.layer, self, query, key, value, mask, scaling, causal))
+        tables = self.tables()
+        routes = heads = None
+        if tables is not None and self.edited():
+            routes = tables.routes
+            heads = None if tables.heads is None else tables.heads.edits(context.rows, context.prefill)
+        return self.patched.attend(
+            query, key, value, mask=mask, roles=context.key_roles(key.shape[2]), query_roles=context.rows,
+            routes=routes, heads=heads, causal=causal, scale=scaling,
+        )  # fmt: skip
+
+
+class Patched:
+    """A model with a plan in it; what ``with patch(...) as patched`` binds.
+
+    Attributes:
+        model: the model, edited while the context is open.
+        plan: the plan in force.
+        backend: the attention backend that edited layers run on.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, backend: str, roles: Tensor | None, tap: Tap | None) -> None:
+        self.handle: Handle = open_model(model)
+        self.model, self.plan, self.backend, self.tap = model, plan, backend, tap
+        self.resolved = resolve(backend)
+        self._check(plan)
+        self.context = Context(self.handle.placeholder_ids(), roles)
+        self.tables: dict[int, LayerTables] = {}
+        self._filled: tuple[Plan, int] | None = None
+        self._undo: list[Callable[[], Any]] = []
+        self._hooked: set[tuple[int, str]] = set()
+
+    # -- checks --------------------------------------------------------------------------------------------------
+    def _check(self, plan: Plan) -> None:
+        check(plan, self.handle.geometry)
+        if Role.VISUAL in plan.roles_used() and not self.handle.sees:
+            raise ValueError(
+                f"the plan edits visual tokens, but {type(self.model).__name__} is a text-only model; "
+                "use a vision-language model, or a plan without the role 'visual'"
+            )
+
+    # -- entering and leaving ------------------------------------------------------------------------------------
+    def __enter__(self) -> Patched:
+        model = self.model
+        if MARK in model.__dict__:
+            raise ValueError("the model is already patched; leave the outer patch() first, or patch once with plan_a + plan_b")
+        if isinstance(model, torch._dynamo.OptimizedModule) or model._compiled_call_impl is not None:
+            raise ValueError("the model was compiled before patch(); patch the plain model and call torch.compile inside")
+        try:
+            model.__dict__[MARK] = self
+            self._undo.append(lambda: model.__dict__.pop(MARK))
+            self._install()
+        except BaseException:
+            self._restore()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        while self._undo:
+            self._undo.pop()()
+        self.tables, self._filled, self._hooked = {}, None, set()
+        self.context.reset()
+
+    def _hook(self, register: Callable[..., Any], hook: Callable[..., Any], **options: Any) -> None:
+        self._undo.append(register(hook, **options).remove)
+
+    def _install(self) -> None:
+        handle = self.handle
+        self._hook(handle.backbone.register_forward_pre_hook, self._before_forward, with_kwargs=True)
+        if handle.model is not handle.backbone:
+            self._hook(handle.model.register_forward_pre_hook, self._before_model, with_kwargs=True)
+        if hasattr(self.model, "generate"):
+            self.model.__dict__["generate"] = functools.partial(_generate, self, self.model.generate)
+            self._undo.append(lambda: self.model.__dict__.pop("generate"))
+        self._switch_attention()
+        for layer in range(handle.geometry.layers):
+            module = handle.attentions[layer]
+            module.__dict__[hf_attention.SITE] = _AttentionSite(self, layer)
+            self._undo.append(functools.partial(module.__dict__.pop, hf_attention.SITE))
+        self._install_hooks(self.plan)
+
+    def _switch_attention(self) -> None:
+        config = self.handle.text_config
+        old = config._attn_implementation
+        saved = [
+            (c, c.__dict__.get("_attn_implementation_internal"))
+            for c in {id(m.config): m.config for m in self.model.modules() if hasattr(m, "config")}.values()
+        ]
+        new = hf_attention.key_over(old)
+        name = next((n for n in getattr(self.model.config, "sub_configs", {}) if getattr(self.model.config, n, None) is config), None)
+
+        def undo() -> None:
+            for c, value in saved:
+                c._attn_implementation_internal = value
+
+        self._undo.append(undo)
+        getattr(self.model, "set_attn_implementation")(new if name is None else {name: new})  # noqa: B009
+        if config._attn_implementation != new:
+            raise NotImplementedError(f"{type(self.model).__name__} does not let its attention be replaced; it kept {config._attn_implementation!r}")
+        if old not in ("sdpa", "eager"):
+            log.info("unedited layers run on SDPA while the model is patched (the model was loaded with %s)", old)
+
+    def _install_hooks(self, plan: Plan) -> None:
+        """Hooks for neurons and vectors, on the modules that ``plan`` edits and on no other."""
+        handle = self.handle
+        modules = {"resid_post": handle.layers, "attn_out": handle.attentions, "mlp_out": handle.mlps}
+        for place in sorted(_places(plan) - self._hooked):
+            layer, kind = place
+            if kind == "neurons":
+                edit_neurons = functools.partial(self._edit_neurons, layer)
+                self._hook(handle.down_projections[layer].register_forward_pre_hook, edit_neurons)
+                continue
+            edit = functools.partial(self._edit_vector, layer, kind)
+            if kind == "resid_pre":
+                hook = functools.partial(_on_input, edit)
+                self._hook(handle.layers[layer].register_forward_pre_hook, hook, with_kwargs=True)
+            else:
+                self._hook(modules[kind][layer].register_forward_hook, functools.partial(_on_output, edit))
+        self._hooked |= _places(plan)
+
+    # -- during a forward pass -----------------------------------------------------------------------------------
+    def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        _refuse_attentions(module, kwargs)
+
+    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        _refuse_attentions(module, kwargs)
+        if args:
+            kwargs = {"input_ids": args[0], **kwargs}
+        if self.context.begin(kwargs):
+            self._require_visual()
+            self._fill()
+
+    def _require_visual(self) -> None:
+        roles = self.context.query_roles
+        if roles is None or Role.VISUAL not in self.plan.roles_used():
+            return
+        missing = (~(roles == int(Role.VISUAL)).any(-1)).nonzero().flatten().tolist()
+        for i, edit in enumerate(self.plan):
+            rows = [r for r in missing if edit.rows is None or r in edit.rows]
+            if Role.VISUAL in edit.roles_used() and rows:
+                raise ValueError(
+                    f"edit {i} ({type(edit).__name__}) needs visual tokens, but the prompt of batch row {rows[0]} has none; "
+                    "give an image with every prompt, or name the rows that have one (rows=[...])"
+                )
+
+    def _fill(self) -> None:
+        """Compile the plan for the batch at hand, unless that was just done."""
+        key = (self.plan, self.context.batch)
+        if self._filled is None or self._filled != key:
+            parameter = next(self.handle.text.parameters())
+            self.tables = compile_plan(self.plan, self.handle.geometry, self.context.batch, parameter.device, parameter.dtype)
+            self._filled = key
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        """Edited attention: ``[B, N, H, D]`` from Hugging Face's ``[B, H, N, D]`` inputs."""
+        return run_attention(query, key, value, backend=self.resolved, **options)[0].transpose(1, 2)
+
+    def _edit_neurons(self, layer: int, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        tables = self.tables.get(layer)
+        if tables is None or tables.neurons is None or self.context.phases.isdisjoint(tables.neuron_phases):
+            return None
+        return (run_edit_neurons(args[0], tables.neurons.edits(self.context.rows, self.context.prefill)), *args[1:])
+
+    def _edit_vector(self, layer: int, site: Site, hidden: Tensor) -> Tensor:
+        tables = self.tables.get(layer)
+        if tables is None or self.context.phases.isdisjoint(tables.vector_phases.get(site, ())):
+            return hidden
+        return tables.vectors[site].apply(hidden, self.context.rows)
+
+    # -- changing the plan in place ------------------------------------------------------------------------------
+    def replace(self, plan: Plan) -> None:
+        """Put another plan in place of the current one; it takes effect with the next prompt.
+
+        Raises:
+            ValueError, NotImplementedError: as :func:`patch`; the old plan then stays in force.
+        """
+        self._check(plan)
+        self._install_hooks(plan)
+        self.plan = plan
+
+
+def patch(
+    model: nn.Module, plan: Plan, *, backend: str = "auto", roles: Tensor | None = None, tap: Tap | None = None
+) -> Patched:
+    """Put ``plan`` into ``model`` for the length of a ``with`` block.
+
+    >>> with patch(model, plan) as patched:
+    ...     model.generate(**inputs)
+
+    Roles of the tokens are found from ``input_ids`` when a prompt comes in and stay frozen for its generation. Leaving
+    the block, also by an exception, restores the model bit for bit.
+
+    Args:
+        model: a supported Hugging Face model (``emocircuits.families``), on any device, in any float dtype.
+        plan: what to change. An empty plan changes nothing.
+        backend: attention backend for edited layers: ``"auto"``, or a name from ``emokernels.backends()``, which then
+            never falls back.
+        roles: ``[B, N]`` uint8 of :class:`emokernels.Role`, instead of finding them (needed with ``inputs_embeds``).
+        tap: called with a :class:`Tapped` at every attention call.
+
+    Raises:
+        TypeError: ``model`` or ``plan`` is not one.
+        ValueError: the plan names what the model does not have, or the model is already patched or compiled.
+        NotImplementedError: the model's family, or the backend, is not available.
+        ValueError, NotImplementedError: inside the block, for what a patched model cannot do: ``output_attentions``,
+            beam search, a batch whose rows do not fit the plan, a visual edit on a prompt without an image.
+    """
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan is {type(plan).__name__}: expected a Plan, such as Plan([BoostRoute(...)]) or Plan.load(path)")
+    return Patched(model, plan, backend, roles, tap)
+
+
+def _places(plan: Plan) -> set[tuple[int, str]]:
+    """(layer, ``"neurons"`` or a vector site) of every module that needs a hook."""
+    neurons = {(layer, "neurons") for e in plan if isinstance(e, ScaleNeurons) for layer in e.layers_used()}
+    vectors = {(layer, e.site) for e in plan if isinstance(e, AddVector | ReplaceVector) for layer in e.layers}
+    return neurons | vectors
+
+
+def _on_input(edit: Callable[[Tensor], Tensor], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if args:
+        return (edit(args[0]), *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": edit(kwargs["hidden_states"])}
+
+
+def _on_output(edit: Callable[[Tensor], Tensor], module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    return (edit(output[0]), *output[1:]) if isinstance(output, tuple) else edit(output)
+
+
+def _refuse_attentions(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    wanted = kwargs.get("output_attentions")
+    if wanted or (wanted is None and getattr(module.config, "output_attentions", False)):
+        raise ValueError(
+            "output_attentions=True is not possible on a patched model: its attention weights are never formed; "
+            "use emocircuits.measure.attention_weights, or ask for them outside patch()"
+        )
+
+
+def _generate(patched: Patched, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """``model.generate`` of a patched model: refuses what a plan cannot follow, and marks the steps as generation."""
+    config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or patched.model.generation_config
+    for name in ("num_beams", "num_beam_groups"):
+        value = kwargs.get(name, getattr(config, name, 1)) or 1
+        if value > 1:
+            raise NotImplementedError(f"{name}={value} is not supported on a patched model yet; use {name}=1 (greedy or sampling)")
+    for name in ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size"):
+        if kwargs.get(name, getattr(config, name, None)) is not None:
+            raise NotImplementedError(f"{name} is not supported on a patched model; leave it out")
+    if kwargs.get("output_attentions", getattr(config, "output_attentions", False)):
+        _refuse_attentions(patched.model, {"output_attentions": True})
+    if kwargs.get("past_key_values") is None:
+        patched.context.reset()
+    patched.context.generating = patched.context.expects_prompt = True
+    try:
+        return generate(*args, **kwargs)
+    finally:
+        patched.context.generating = False

@@ -1,0 +1,190 @@
+"""An independent, slow interpretation of a plan: full attention matrices, Python loops, hooks. Shares no code with the package.
+
+A whole sequence (prompt and generated tokens) is run at once without a cache, so it also checks prefill + decode.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+
+import torch
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
+
+NAMES = ["pad", "system", "visual", "query", "last", "generated"]
+
+
+def roles_of(input_ids, attention_mask, placeholders, generated: int = 0) -> list[list[str]]:
+    """Role names of each token of each row, by hand."""
+    out = []
+    for ids, mask in zip(input_ids.tolist(), attention_mask.tolist(), strict=True):
+        prompt = len(ids)
+        row, seen = [], not any(i in placeholders and m for i, m in zip(ids, mask, strict=True))
+        for i, m in zip(ids, mask, strict=True):
+            if not m:
+                row.append("pad")
+            elif i in placeholders:
+                row.append("visual")
+                seen = True
+            else:
+                row.append("query" if seen else "system")
+        row[max(j for j in range(prompt) if mask[j])] = "last"
+        out.append(row + ["generated"] * generated)
+    return out
+
+
+def applies(edit, role: str, row: int) -> bool:
+    if edit.rows is not None and row not in edit.rows:
+        return False
+    if edit.phase == "prefill" and role == "generated":
+        return False
+    if edit.phase == "decode" and role != "generated":
+        return False
+    return edit.to is None or role in edit.to
+
+
+def _attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    plan, roles = module._oracle
+    b, h, n, _ = query.shape
+    group = h // key.shape[1]
+    z = torch.zeros_like(query)
+    for row in range(b):
+        for head in range(h):
+            q, k, v = query[row, head], key[row, head // group], value[row, head // group]
+            s = q @ k.T * scaling
+            gain = torch.ones_like(s)
+            for edit in plan:
+                if type(edit).__name__ != "BoostRoute" or (module.layer_idx, head) not in edit.heads:
+                    continue
+                for i in range(n):
+                    for j in range(n):
+                        if not applies(edit, roles[row][i], row) or roles[row][j] not in edit.source:
+                            continue
+                        if edit.reading == "weight":
+                            gain[i, j] *= edit.by
+            # factors first, then |s|, then the added bias, each summed over the edits of the plan
+            scale, absolute, bias = torch.ones_like(s), torch.zeros_like(s), torch.zeros_like(s)
+            for edit in plan:
+                if type(edit).__name__ != "BoostRoute" or (module.layer_idx, head) not in edit.heads or edit.reading == "weight":
+                    continue
+                hit = torch.tensor([[applies(edit, roles[row][i], row) and roles[row][j] in edit.source for j in range(n)] for i in range(n)])
+                if edit.reading == "logit-scale":
+                    scale[hit] *= edit.by
+                elif edit.reading == "logit-abs":
+                    absolute[hit] += edit.by
+                else:
+                    bias[hit] += math.log(edit.by) if edit.by else -math.inf
+            s = scale * s + absolute * s.abs() + bias
+            mask = attention_mask[row, 0, :n, :n]
+            visible = mask if mask.dtype == torch.bool else mask > -1e30
+            s = s.masked_fill(~visible, -math.inf)
+            p = torch.nan_to_num(s.softmax(-1))
+            z[row, head] = (p * gain) @ v
+    return z.transpose(1, 2), None
+
+
+AttentionInterface.register("oracle", _attention)
+AttentionMaskInterface.register("oracle", eager_mask)
+
+
+@contextlib.contextmanager
+def installed(model, plan, roles):
+    text = model.model.language_model if hasattr(model.model, "language_model") else model.model
+    config = text.config
+    old = config._attn_implementation_internal
+    handles = []
+
+    def heads(module, args, layer):
+        z = args[0].clone()
+        d = module.in_features // config.num_attention_heads
+        for kind in ("ScaleHead", "ReplaceHead"):
+            for edit in plan:
+                if type(edit).__name__ != kind:
+                    continue
+                for m, (at, head) in enumerate(edit.heads):
+                    if at != layer:
+                        continue
+                    for row in range(z.shape[0]):
+                        for i in range(z.shape[1]):
+                            if not applies(edit, roles[row][i], row):
+                                continue
+                            span = slice(head * d, (head + 1) * d)
+                            if kind == "ScaleHead":
+                                z[row, i, span] *= edit.by
+                                continue
+                            value = torch.tensor(edit.value.tolist(), dtype=z.dtype)
+                            if value.ndim == 4:
+                                if roles[row][i] != "generated":
+                                    z[row, i, span] = value[row, i, m]
+                            else:
+                                z[row, i, span] = value if value.ndim == 1 else value[m]
+        return (z,)
+
+    def neurons(module, args, layer):
+        a = args[0].clone()
+        for edit in plan:
+            if type(edit).__name__ == "ScaleNeurons":
+                for at, index in edit.neurons:
+                    for row in range(a.shape[0]) if at == layer else ():
+                        for i in range(a.shape[1]):
+                            if applies(edit, roles[row][i], row):
+                                a[row, i, list(index)] *= edit.by
+        return (a,)
+
+    def vectors(hidden, layer, site):
+        hidden = hidden.clone()
+        for kind in ("AddVector", "ReplaceVector"):
+            for edit in plan:
+                if type(edit).__name__ != kind or edit.site != site or layer not in edit.layers:
+                    continue
+                v = torch.tensor(edit.vector.tolist(), dtype=hidden.dtype)
+                v = v if v.ndim == 1 else v[edit.layers.index(layer)]
+                for row in range(hidden.shape[0]):
+                    for i in range(hidden.shape[1]):
+                        if applies(edit, roles[row][i], row):
+                            hidden[row, i] = hidden[row, i] + edit.by * v if kind == "AddVector" else v
+        return hidden
+
+    def post(site, layer):
+        def hook(module, args, out):
+            return (vectors(out[0], layer, site), *out[1:]) if isinstance(out, tuple) else vectors(out, layer, site)
+
+        return hook
+
+    try:
+        config._attn_implementation_internal = "oracle"
+        for n, layer in enumerate(text.layers):
+            layer.self_attn._oracle = (plan, roles)
+            handles += [
+                layer.self_attn.o_proj.register_forward_pre_hook(lambda m, a, n=n: heads(m, a, n)),
+                layer.mlp.down_proj.register_forward_pre_hook(lambda m, a, n=n: neurons(m, a, n)),
+                layer.register_forward_pre_hook(lambda m, a, n=n: (vectors(a[0], n, "resid_pre"), *a[1:])),
+                layer.register_forward_hook(post("resid_post", n)),
+                layer.self_attn.register_forward_hook(post("attn_out", n)),
+                layer.mlp.register_forward_hook(post("mlp_out", n)),
+            ]
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for layer in text.layers:
+            del layer.self_attn._oracle
+        config._attn_implementation_internal = old
+
+
+@torch.no_grad()
+def logits(model, inputs, plan, tokens=None):
+    """Logits ``[B, N + T, V]`` of the prompt followed by ``tokens [B, T]``, under ``plan``."""
+    inputs = dict(inputs)
+    placeholders = {getattr(model.config, "image_token_id", -1), getattr(model.config, "video_token_id", -1)}
+    extra = 0 if tokens is None else tokens.shape[1]
+    roles = roles_of(inputs["input_ids"], inputs["attention_mask"], placeholders, extra)
+    mask = inputs["attention_mask"]
+    if tokens is not None:
+        # A generated token may equal the image id of a tiny vocabulary: embed it as text.
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], tokens], 1)
+        inputs["attention_mask"] = mask = torch.cat([mask, torch.ones_like(tokens)], 1)
+    inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+    with installed(model, plan, roles):
+        return model(**inputs, use_cache=False).logits
