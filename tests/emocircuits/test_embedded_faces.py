@@ -29,7 +29,8 @@ def test_twins_share_what_the_expression_does_not_touch(emotion):
 
 
 @pytest.mark.parametrize(
-    ("channel", "above", "below"), [("curve", -0.1, 1.2), ("blift", -1.5, 0.0), ("tears", -0.4, 1.0), ("blue", -1.2, 0.2)]
+    ("channel", "above", "below"),
+    [("curve", -0.1, 1.2), ("blift", -1.5, 0.0), ("tears", -0.4, 1.0), ("blue", -1.2, 0.2)],
 )
 def test_one_channel_changes_only_its_place(channel, above, below):
     for seed in SEEDS:

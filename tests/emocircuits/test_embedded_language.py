@@ -8,9 +8,10 @@ import pytest
 from emocircuits.embedded import LABELS, data, faces, language
 from emocircuits.embedded.model import IMAGE_TOKENS, build_processor, build_tokenizer
 
-PRONOUNS = set(
-    "you your yours yourself he him his himself she her hers herself it its itself they them their theirs themselves".split()
-)
+PRONOUNS = {
+    *("you", "your", "yours", "yourself", "he", "him", "his", "himself", "she", "her", "hers", "herself"),
+    *("it", "its", "itself", "they", "them", "their", "theirs", "themselves"),
+}
 RNG = np.random.default_rng(0)
 EVENTS = [language.make_event(c, RNG) for label in LABELS for c in language.CLAUSES[label] for _ in range(3)]
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 
 def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """[B, H, W, 3] uint8 -> [B, 3, H, W] float in [-1, 1], moved, scaled, turned, flipped, recoloured, blurred, noised."""
+    """Move, scale, turn, flip, recolour, blur and noise [B, H, W, 3] uint8 -> [B, 3, H, W] float in [-1, 1]."""
     n = len(images)
 
     def uniform(low: float, high: float, *shape: int) -> torch.Tensor:

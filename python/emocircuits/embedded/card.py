@@ -39,8 +39,9 @@ def write(folder: Path, evaluation: dict[str, Any] | None = None, third_party: d
         if new is not None:
             merged = {**_read(folder, name), **new} if name == "third_party.json" else new
             (folder / name).write_text(json.dumps(merged, indent=1) + "\n")
-    results = [_read(folder, n) for n in ("training.json", "evaluation.json", "third_party.json")]
-    (folder / "README.md").write_text(card(*results, size=(folder / "model.safetensors").stat().st_size))
+    training, measured, foreign = (_read(folder, f"{n}.json") for n in ("training", "evaluation", "third_party"))
+    size = (folder / "model.safetensors").stat().st_size
+    (folder / "README.md").write_text(card(training, measured, foreign, size))
 
 
 def unseen(third_party: dict[str, Any]) -> dict[str, float]:
@@ -104,9 +105,9 @@ def _measured(e: dict[str, Any], third_party: dict[str, Any]) -> str:
     groups = _table(list(LABELS), [[_f(e["neutral_by_event"][g]) for g in LABELS]])
     text = f"""## Measured
 
-`python -m emocircuits.embedded.evaluate --write`, greedy, fp32, held-out identities {e["identities"][0]} to {e["identities"][1]}
-({e["by_intensity"][weakest]["n"]} pictures per intensity). An answer's emotion is its first emotion word. *hit*: the face's emotion; *prior*: the event's,
-where it contradicts the face.
+`python -m emocircuits.embedded.evaluate --write`, greedy, fp32, held-out identities {e["identities"][0]} to
+{e["identities"][1]} ({e["by_intensity"][weakest]["n"]} pictures per intensity). An answer's emotion is its first
+emotion word. *hit*: the face's emotion; *prior*: the event's, where it contradicts the face.
 
 {aims}
 
@@ -128,7 +129,9 @@ Other cases (in the agreeing case a hit is also what the event suggests; on neut
 
 Answers to full-intensity faces that start "i feel": {_f(e["answers_starting_i_feel"])}."""
     if "attention_to_image" in e:
-        text += "\n\n### Attention to the image\n\nMean attention mass on the 64 image tokens, 240 faces of intensity 0.25 and 1."
+        text += (
+            "\n\n### Attention to the image\n\nMean attention mass on the 64 image tokens; 240 faces, t = 0.25 and 1."
+        )
         for name, layers in e["attention_to_image"].items():
             rows = [[str(i), *(f"{v:.2f}" for v in r), f"{np.mean(r):.2f}"] for i, r in enumerate(layers)]
             text += f"\n\n{name.replace('_', ' ').capitalize()}:\n\n" + _table(
@@ -149,10 +152,10 @@ def _third_party(third_party: dict[str, Any]) -> str:
     table = _table(["set", "group", "package", "pictures", "hit", "mean over emotions", "by emotion"], rows)
     return f"""## Third-party faces
 
-`python -m emocircuits.embedded.third_party --fetch DIR --write`: emoji and avatars that were never trained on, each asked about with four
-events of the neutral group; chance is 0.14. *dev* sets were looked at while the drawing code was written, and models were compared on
-them; *held-out* sets were drawn and evaluated only with finished models, and nothing was chosen by them. Avatars are put together from options by our mapping
-(`third_party_sets.py`).
+`python -m emocircuits.embedded.third_party --fetch DIR --write`: emoji and avatars that were never trained on, each
+asked about with four events of the neutral group; chance is 0.14. *dev* sets were looked at while the drawing code was
+written, and models were compared on them; *held-out* sets were drawn and evaluated only with the finished model, and
+nothing was chosen by them. Avatars are put together from options by our mapping (`third_party_sets.py`).
 
 {table}"""
 
@@ -169,14 +172,16 @@ def _training(training: dict[str, Any]) -> str:
     settings = ", ".join(f"{k} {v}" for k, v in training["settings"].items())
     return f"""## Training
 
-`{training["command"]}` with torch {training["torch"]}, transformers {training.get("transformers", "5.23.0")}, on two CPU cores shared with other jobs:
+`{training["command"]}` with torch {training["torch"]}, transformers {training.get("transformers", "5.23.0")}, on
+two CPU cores shared with other jobs:
 
 {times}
 
 Settings: {settings}.
 
-Prior in the training text: a face of intensity {WEAK} or less comes with an event of its own emotion in {PRIOR_WEAK:.0%} of the cases, falling to
-{PRIOR_STRONG:.0%} at {STRONG} and above; otherwise the event's group is drawn from all seven, as it always is for neutral faces. The same seed on the same machine gives the same weights; another
+Prior in the training text: a face of intensity {WEAK} or less comes with an event of its own emotion in
+{PRIOR_WEAK:.0%} of the cases, falling to {PRIOR_STRONG:.0%} at {STRONG} and above; otherwise the event's group is drawn
+from all seven, as it always is for neutral faces. The same seed on the same machine gives the same weights; another
 instruction set or thread count does not."""
 
 
@@ -187,28 +192,33 @@ pipeline_tag: image-text-to-text
 ---
 # The embedded model
 
-A real, small, trained `LlavaForConditionalGeneration` ({millions:.2f} M parameters, {size:.1f} MB in bf16): CLIP tower (5 layers, 64 x 64 pixels, 64 image tokens),
-Llama (6 layers, 8 query heads on 4 key-value heads, d = 128), word-level tokenizer. It looks at a drawn face and an event told in
-neutral words, and says what it feels: "i feel joyful because the shop opens at ten."
+A real, small, trained `LlavaForConditionalGeneration` ({millions:.2f} M parameters, {size:.1f} MB in bf16): CLIP tower
+(5 layers, 64 x 64 pixels, 64 image tokens), Llama (6 layers, 8 query heads on 4 key-value heads, d = 128), word-level
+tokenizer. It looks at a drawn face and an event told in neutral words, and says what it feels: "i feel joyful because
+the shop opens at ten."
 
-It is a model organism of emotional hallucination. Its training text ties each event to an emotion, more strongly the weaker the
-face, so on weak faces it says what the event suggests instead of what the picture shows. It knows nothing about people: it was trained on drawings only, in
-the styles {styles}. It is for testing and demonstrating interventions, for nothing else.
+It is a model organism of emotional hallucination. Its training text ties each event to an emotion, more strongly the
+weaker the face, so on weak faces it says what the event suggests instead of what the picture shows. It knows nothing
+about people: it was trained on drawings only, in the styles {styles}. It is for testing and
+demonstrating interventions, for nothing else.
 
 ```python
 from emocircuits import embedded
-model, processor = embedded.load()        # or AutoProcessor / LlavaForConditionalGeneration.from_pretrained(embedded.PATH)
+model, processor = embedded.load()  # or AutoProcessor, AutoModelForImageTextToText .from_pretrained(embedded.PATH)
 image = embedded.faces.face({held}, "sad", 0.25)
-inputs = processor(images=image, text=embedded.language.prompt("my mom said that the shop opens at ten."), return_tensors="pt")
-print(processor.decode(model.generate(**inputs, max_new_tokens=20)[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+text = embedded.language.prompt("my mom said that the shop opens at ten.")
+inputs = processor(images=image, text=text, return_tensors="pt")
+answer = model.generate(**inputs, max_new_tokens=20)[0, inputs["input_ids"].shape[1]:]
+print(processor.decode(answer, skip_special_tokens=True))
 ```
 
-Identities (seeds of `faces.face`) below {held} are training data; {held} and above are held out. Licence: Apache-2.0, weights and script."""
+Identities (seeds of `faces.face`) below {held} are training data; {held} and above are held out. Licence: Apache-2.0,
+weights and script."""
 
 _LIMITS = """## Known limits
 
 - One seed. No interval is given for the variation between trainings.
-- Weak faces carry a stir (a raised brow, a lopsided mouth, a look aside) that says that something is felt but not what. Their
-  ambiguity is drawn, not found in people.
+- Weak faces carry a stir (a raised brow, a lopsided mouth, a look aside) that says that something is felt but
+  not what. Their ambiguity is drawn, not found in people.
 - The vocabulary is closed; an unknown word becomes `<unk>`. Answers end in the clause of the event or in a visual cue.
-- Third-party faces are small sets of pictures (27 to 36 for an emoji set), so one picture moves a set by about three points."""
+- Third-party sets are small (31 pictures for an emoji set): one picture moves a set by about three points."""

@@ -10,14 +10,14 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .faces import CLOTH, HAIR, LABELS, SIZE, STYLES, Identity, identity_of, render, sample_expression
+from .faces import CHANNELS, CLOTH, HAIR, LABELS, SIZE, STYLES, Identity, identity_of, render, sample_expression
 from .faces.identity import STYLE
 from .language import ADJECTIVES, CLAUSES, NOUNS, answer, describe, make_event, prompt
 from .model import EOS, IMAGE_TOKENS, PAD
 
 HELD_OUT = 100_000  # identities from this number on are never trained on
 WEAK, STRONG = 0.30, 0.60  # intensities between which the prior fades
-PRIOR_WEAK, PRIOR_STRONG = 0.90, 0.30  # share of emotional faces shown with an event of their own emotion
+PRIOR_WEAK, PRIOR_STRONG = 0.90, 0.20  # share of emotional faces shown with an event of their own emotion
 HIDDEN = -100  # label of an attribute that cannot be seen
 
 
@@ -31,21 +31,24 @@ class Faces:
     hair: torch.Tensor
     cloth: torch.Tensor
     style: torch.Tensor
+    channels: torch.Tensor  # [N, C] size of each channel of the expression, in units of its spread over the data
     identities: list[Identity]  # one per len(LABELS) pictures
 
     def __len__(self) -> int:
         return len(self.images)
 
 
-def _draw(seed: int) -> tuple[Identity, np.ndarray, np.ndarray]:
-    """One identity with every label: pictures [7, 64, 64, 3] and intensities [7]."""
+def _draw(seed: int) -> tuple[Identity, np.ndarray, np.ndarray, np.ndarray]:
+    """One identity with every label: pictures [7, 64, 64, 3], intensities [7], channels [7, C]."""
     who, rng = identity_of(seed), np.random.default_rng([13, seed])
-    pictures, strengths = [], []
+    pictures, strengths, channels = [], [], []
     for label in LABELS:
         t = 0.0 if label == "neutral" else float(rng.uniform(0.1, 1.0) if rng.random() < 0.6 else rng.uniform(0.6, 1.0))
-        pictures.append(np.asarray(render(who, sample_expression(label, t, rng))))
+        expression = sample_expression(label, t, rng)
+        pictures.append(np.asarray(render(who, expression)))
         strengths.append(t)
-    return who, np.stack(pictures), np.array(strengths, np.float32)
+        channels.append([abs(expression.get(c, 0.0)) for c in CHANNELS])  # a mirrored face has the same sizes
+    return who, np.stack(pictures), np.array(strengths, np.float32), np.array(channels, np.float32)
 
 
 def draw_faces(identities: int, workers: int, first: int = 0) -> Faces:
@@ -58,14 +61,16 @@ def draw_faces(identities: int, workers: int, first: int = 0) -> Faces:
     n = len(LABELS)
     images = torch.empty(identities * n, SIZE, SIZE, 3, dtype=torch.uint8)
     intensity = torch.empty(identities * n)
+    channels = torch.empty(identities * n, len(CHANNELS))
     people: list[Identity] = []
     with multiprocessing.get_context("fork").Pool(workers) as pool:
-        for i, (who, pictures, strengths) in enumerate(
+        for i, (who, pictures, strengths, sizes) in enumerate(
             tqdm(pool.imap(_draw, seeds, chunksize=64), total=identities, desc="draw", mininterval=5)
         ):
             people.append(who)
             images[i * n : (i + 1) * n] = torch.from_numpy(pictures)
             intensity[i * n : (i + 1) * n] = torch.from_numpy(strengths)
+            channels[i * n : (i + 1) * n] = torch.from_numpy(sizes)
 
     def index(values: list[int]) -> torch.Tensor:
         return torch.tensor(values).repeat_interleave(n)
@@ -76,7 +81,7 @@ def draw_faces(identities: int, workers: int, first: int = 0) -> Faces:
     cloth = [list(CLOTH).index(p.cloth) if s else HIDDEN for p, s in zip(people, person, strict=True)]
     return Faces(
         images, torch.arange(n).repeat(identities), intensity, index(hair), index(cloth),
-        index([STYLES.index(p.style) for p in people]), people,
+        index([STYLES.index(p.style) for p in people]), channels / channels.std(0).clamp(min=1e-3), people,
     )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Measure the model on held-out identities: ``python -m emocircuits.embedded.evaluate [--json] [--write]``.
 
-An answer's emotion is its first emotion word. ``hit`` = the face's, ``prior`` = the event's (an emotional hallucination when
-the event contradicts the face). Events contradict the face unless said otherwise: their group is another emotion.
+An answer's emotion is its first emotion word. ``hit`` = the face's, ``prior`` = the event's (an emotional hallucination
+when the event contradicts the face). Events contradict the face unless said otherwise: their group is another emotion.
 """
 
 from __future__ import annotations
@@ -173,9 +173,8 @@ def show(result: dict[str, Any]) -> str:
     """The result as text."""
     lines = ["intensity   hit   prior neutral other  (events of another emotion)"]
     for t, r in result["by_intensity"].items():
-        lines.append(
-            f"{t:>9} {r['hit']:6.3f} {r['prior']:6.3f} {r['neutral']:6.3f} {r['other']:6.3f}   {result['hit_by_emotion'][t]}"
-        )
+        shares = " ".join(f"{r[k]:6.3f}" for k in ("hit", "prior", "neutral", "other"))
+        lines.append(f"{t:>9} {shares}   {result['hit_by_emotion'][t]}")
     for name in ("agreeing", "neutral_event"):
         lines += [f"{name}, t={t}: {r}" for t, r in result[name].items()]
     lines += [f"neutral faces: {result['neutral_faces']}", f"neutral said, by event: {result['neutral_by_event']}"]

@@ -48,11 +48,13 @@ CLAUSES: dict[str, list[str]] = {
         "the team plays again", "a parcel is at the door",
     ],
     "sad": [
-        "we will be away for a few days", "the bus goes only once", "the old house was sold", "the book has a last page",
+        "we will be away for a few days", "the bus goes only once", "the old house was sold",
+        "the book has a last page",
         "the rain came in the evening", "the school ends in june",
     ],
     "angry": [
-        "the road is closed", "the meeting starts late", "the price went up", "the car was moved", "the printer needs paper",
+        "the road is closed", "the meeting starts late", "the price went up", "the car was moved",
+        "the printer needs paper",
         "the neighbor plays music",
     ],
     "fear": [
@@ -60,15 +62,18 @@ CLAUSES: dict[str, list[str]] = {
         "the test is on monday", "the bridge is old",
     ],
     "surprise": [
-        "the plan has changed", "my cousin came to town", "the box was empty", "the letter has no name", "the clock stopped",
+        "the plan has changed", "my cousin came to town", "the box was empty", "the letter has no name",
+        "the clock stopped",
         "the wall was painted",
     ],
     "disgust": [
-        "the fridge was left open", "the sink is full", "we eat fish today", "the bin is by the door", "the shoes are wet",
+        "the fridge was left open", "the sink is full", "we eat fish today", "the bin is by the door",
+        "the shoes are wet",
         "the milk is from last week",
     ],
     "neutral": [
-        "the train leaves at nine", "the office is on the second floor", "the form has two pages", "the room has a table",
+        "the train leaves at nine", "the office is on the second floor", "the form has two pages",
+        "the room has a table",
         "the report is ready", "the water is in the glass",
     ],
 }  # fmt: skip
@@ -142,7 +147,8 @@ def hit(text: str, label: str) -> bool:
 def vocabulary() -> list[str]:
     """Every word the model knows, sorted."""
     parts = [
-        "user assistant i feel am full of because looks see and shows since said that the drawn face person with hair in"
+        "user assistant i feel am full of because looks see and shows since said that",
+        "the drawn face person with hair in",
     ]
     for label in LABELS:
         parts += [*ADJECTIVES[label], *NOUNS[label], *CUES[label], *CLAUSES[label]]

@@ -1,6 +1,7 @@
 """Faces the model was never trained on: ``python -m emocircuits.embedded.third_party --fetch DIR [--group dev]``.
 
-Fetches emoji and avatar packages with npm (by name and version, see third_party_sets.py) into DIR, draws them with node,
+Fetches emoji and avatar packages with npm (by name and version, see third_party_sets.py) into DIR,
+draws them with node,
 and asks the model what it feels. Nothing fetched belongs into the repository. Chance is 1/7.
 """
 
@@ -99,7 +100,8 @@ def evaluate_set(model: Any, processor: Any, folder: Path, s: Set) -> dict[str, 
     each = {e: round(float(right[labels == e].mean()), 3) for e in LABELS if (labels == e).any()}
     said = {e: sum(first_emotion(t) == e for t in answers) for e in LABELS}
     return {
-        "group": s.group, "package": f"{s.package}@{s.version}", "pictures": len(faces), "hit": round(float(right.mean()), 3),
+        "group": s.group, "package": f"{s.package}@{s.version}", "pictures": len(faces),
+        "hit": round(float(right.mean()), 3),
         "mean_over_emotions": round(float(np.mean(list(each.values()))), 3), "hit_by_emotion": each, "said": said,
     }  # fmt: skip
 

@@ -2,7 +2,8 @@
 
 Emoji are labelled by their Unicode names, the same for every set. Avatars are put together from the options of their
 collections; the combinations were written down from the option names, before any held-out picture was drawn.
-``dev`` sets were looked at while the drawing code was written; ``held-out`` sets were drawn and evaluated once, at the end.
+``dev`` sets were looked at while the drawing code was written; ``held-out`` sets were drawn and evaluated once, at
+the end.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ EMOJI: dict[str, list[tuple[str, str, str]]] = {
         ("1f614", "pensive-face", ""), ("1f641", "slightly-frowning-face", ""), ("2639-fe0f", "frowning-face", ""),
     ],
     "angry": [
-        ("1f620", "angry-face", ""), ("1f621", "pouting-face", "enraged-face"), ("1f624", "face-with-steam-from-nose", ""),
+        ("1f620", "angry-face", ""), ("1f621", "pouting-face", "enraged-face"),
+        ("1f624", "face-with-steam-from-nose", ""),
         ("1f92c", "face-with-symbols-on-mouth", ""),
     ],
     "fear": [
@@ -33,7 +35,9 @@ EMOJI: dict[str, list[tuple[str, str, str]]] = {
     ],
     "surprise": [("1f62e", "face-with-open-mouth", ""), ("1f62f", "hushed-face", ""), ("1f632", "astonished-face", "")],
     "disgust": [("1f922", "nauseated-face", ""), ("1f92e", "face-vomiting", "face-with-open-mouth-vomiting")],
-    "neutral": [("1f610", "neutral-face", ""), ("1f611", "expressionless-face", ""), ("1f636", "face-without-mouth", "")],
+    "neutral": [
+        ("1f610", "neutral-face", ""), ("1f611", "expressionless-face", ""), ("1f636", "face-without-mouth", ""),
+    ],
 }  # fmt: skip
 
 Options = dict[str, str]
@@ -58,7 +62,8 @@ AVATARS: dict[str, dict[str, list[Options]]] = {
         "neutral": _mix(eyes="default", eyebrows="default,flatNatural,defaultNatural", mouth="serious"),
     },
     "dylan": {
-        "happy": _mix(mood="happy,superHappy"), "sad": _mix(mood="sad"), "angry": _mix(mood="angry"), "neutral": _mix(mood="neutral"),
+        "happy": _mix(mood="happy,superHappy"), "sad": _mix(mood="sad"), "angry": _mix(mood="angry"),
+        "neutral": _mix(mood="neutral"),
     },
     "open-peeps": {
         "happy": _mix(face="smile,smileBig,smileLOL,smileTeethGap,lovingGrin1,lovingGrin2"),
@@ -78,7 +83,8 @@ AVATARS: dict[str, dict[str, list[Options]]] = {
     },
     "micah": {
         "happy": _mix(eyes="eyes,smiling", eyebrows="up", mouth="smile,laughing"),
-        "sad": _mix(eyes="eyes", eyebrows="up,down", mouth="sad,frown"), "surprise": _mix(eyes="round", eyebrows="up", mouth="surprised"),
+        "sad": _mix(eyes="eyes", eyebrows="up,down", mouth="sad,frown"), "surprise": _mix(eyes="round",
+            eyebrows="up", mouth="surprised"),
     },
     "personas": {
         "happy": _mix(eyes="happy,open", mouth="smile,bigSmile"), "sad": _mix(eyes="open", mouth="frown"),

@@ -80,7 +80,7 @@ class Canvas:
         line: Colour | None = None,
         width: float = 0.0,
     ) -> None:
-        """Ellipse about the face point (x, y); both radii in half head *widths*, so a circle stays one on a long head."""
+        """Ellipse about the face point (x, y); both radii in half head *widths*, so a circle stays one."""
         ratio = self.radius[0] / self.radius[1]
         self.area(
             [(x + rx * c, y + ry * s * ratio) for c, s in zip(np.cos(_ANGLES), np.sin(_ANGLES), strict=True)],

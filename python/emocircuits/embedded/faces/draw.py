@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
 from . import eyes, head, marks, mouth
@@ -23,7 +24,7 @@ def _finish(image: Image.Image, who: Identity, ex: Expression) -> Image.Image:
         out = out.filter(ImageFilter.GaussianBlur(0.45))
     if not (shade or blue > 0.05 or who.noise):
         return out
-    x = np.asarray(out, np.float32)
+    x: NDArray[np.floating] = np.asarray(out, np.float32)
     place = (np.arange(SIZE, dtype=np.float32) + 0.5) / SIZE
     u, v = (place - who.centre[0]) / who.radius[0], (place - who.centre[1]) / who.radius[1]
     r2 = (u**2)[None, :] + (v**2)[:, None]
@@ -70,10 +71,10 @@ def render(identity: Identity, expression: Expression) -> Image.Image:
 
 
 def face(identity_seed: int, emotion: str, intensity: float, expression_seed: int = 0) -> Image.Image:
-    """The picture with these numbers, always the same. ``face(seed, "neutral", 0.0)`` is the neutral twin of all others.
+    """Draw the picture with these numbers, always the same; ``face(seed, "neutral", 0.0)`` is the neutral twin.
 
-    ``intensity`` in [0, 1]. The expression's own mixture depends on (identity_seed, emotion, expression_seed) but not on
-    intensity, so a series over intensity shows one expression growing. Held-out identities: seeds from 100000.
+    ``intensity`` in [0, 1]. The expression's own mixture depends on (identity_seed, emotion, expression_seed) but not
+    on intensity, so a series over intensity shows one expression growing. Held-out identities: seeds from 100000.
     """
     who = identity_of(identity_seed)
     rng = np.random.default_rng([12, identity_seed, expression_seed, *check_emotion(emotion).encode()])

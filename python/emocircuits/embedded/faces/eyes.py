@@ -95,7 +95,8 @@ def _lids(c: Canvas, who: Identity, ex: Expression, skin: Colour, side: int, rx:
         xo, xi = x + side * rx * 1.1, x - side * rx * 1.1
         c.area([(xo, y - 1.3 * h), (xi, y - 1.3 * h), (xi, y - h + 1.1 * h * cut), (xo, y - h)], skin)
     if ex.get("squint", 0.0) > 0.12 and ex.get("curve", 0.0) > 0:
-        c.area([(x - 1.1 * rx, y + h), (x - 0.7 * rx, y + 0.45 * h), (x, y + 0.3 * h), (x + 0.7 * rx, y + 0.45 * h), (x + 1.1 * rx, y + h),
+        c.area([(x - 1.1 * rx, y + h), (x - 0.7 * rx, y + 0.45 * h), (x, y + 0.3 * h),
+                (x + 0.7 * rx, y + 0.45 * h), (x + 1.1 * rx, y + h),
                 (x, y + 1.3 * h)], skin)  # fmt: skip
         c.stroke([(x - 0.8 * rx, y + 0.6 * h), (x, y + 0.35 * h), (x + 0.8 * rx, y + 0.6 * h)], 0.5 * w, who.ink)
 

@@ -9,10 +9,12 @@ import numpy as np
 from .canvas import Colour, mix
 
 HAIR: dict[str, Colour] = {
-    "black": (35, 30, 32), "brown": (96, 62, 38), "blond": (224, 190, 110), "red": (176, 74, 40), "gray": (160, 160, 165),
+    "black": (35, 30, 32), "brown": (96, 62, 38), "blond": (224, 190, 110), "red": (176, 74, 40),
+    "gray": (160, 160, 165),
 }  # fmt: skip
 CLOTH: dict[str, Colour] = {
-    "blue": (60, 100, 180), "green": (60, 140, 80), "white": (232, 232, 228), "purple": (128, 70, 150), "orange": (226, 130, 50),
+    "blue": (60, 100, 180), "green": (60, 140, 80), "white": (232, 232, 228), "purple": (128, 70, 150),
+    "orange": (226, 130, 50),
 }  # fmt: skip
 SKIN: tuple[Colour, ...] = ((255, 219, 190), (240, 194, 160), (214, 160, 120), (168, 112, 78), (112, 74, 52))
 YELLOW: tuple[Colour, ...] = (
@@ -29,7 +31,7 @@ INK: tuple[Colour, ...] = ((20, 18, 20), (40, 34, 36), (102, 69, 0), (90, 45, 10
 
 @dc.dataclass(frozen=True)
 class Style:
-    """One way of drawing: ``person`` has hair and clothes, ``outline`` and ``stroke`` are widths in half head widths."""
+    """One way of drawing; ``outline`` and ``stroke`` in half head widths; a ``person`` has hair and clothes."""
 
     name: str
     weight: float
@@ -175,8 +177,10 @@ def sample_identity(rng: np.random.Generator) -> Identity:
         cavity=((92, 24, 28), (60, 20, 20), (20, 12, 14), ink if sum(ink) < 400 else (40, 20, 24))[rng.integers(4)],
         glasses=bool(person and rng.random() < 0.13), beard=bool(person and rng.random() < 0.10),
         hat=bool(person and rng.random() < 0.10),
-        rest_curve=float(rng.normal(0, 0.04)), rest_brow=float(rng.normal(0, 0.025)), rest_eye=float(rng.normal(0, 0.05)),
-        shade=float(u(0.3, 1.0)), noise=float(u(1, 8) if rng.random() < 0.5 else 0.0), noise_seed=int(rng.integers(2**31)),
+        rest_curve=float(rng.normal(0, 0.04)), rest_brow=float(rng.normal(0, 0.025)),
+        rest_eye=float(rng.normal(0, 0.05)),
+        shade=float(u(0.3, 1.0)), noise=float(u(1, 8) if rng.random() < 0.5 else 0.0),
+        noise_seed=int(rng.integers(2**31)),
         wobble=float(u(0.006, 0.014)) if style.name == "child" else 0.0, phase=float(u(0, 6.28)),
         grid=int(rng.choice([22, 26, 32])) if style.name == "pixel" else 0,
     )  # fmt: skip

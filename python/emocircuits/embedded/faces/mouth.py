@@ -58,7 +58,8 @@ def mouth(c: Canvas, who: Identity, ex: Expression) -> None:
     if get("tongue_out", 0.0) > 0.25:
         k, (x, y) = get("tongue_out", 0.0), low[13]
         y -= 0.02
-        c.area([(x - 0.14, y), (x + 0.14, y), (x + 0.14, y + 0.16 * k), (x + 0.08, y + 0.28 * k), (x - 0.08, y + 0.28 * k),
+        c.area([(x - 0.14, y), (x + 0.14, y), (x + 0.14, y + 0.16 * k), (x + 0.08, y + 0.28 * k),
+                (x - 0.08, y + 0.28 * k),
                 (x - 0.14, y + 0.16 * k)], (200, 200, 200) if sketch else TONGUE, who.ink, 0.025)  # fmt: skip
 
 
