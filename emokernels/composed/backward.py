@@ -51,13 +51,18 @@ def _accumulate(
     span = (slice(cut.b0, cut.b1), slice(cut.g0, cut.g1), slice(cut.j0, cut.j1))
     folded = (b * g, share * n, -1)
 
-    routed, s = tiles.scores(cut)
+    s = tiles.scores(cut)
+    routed = s.clone()
+    lookup, heads = tiles.lookup, tiles.heads(cut)
+    if lookup is not None:
+        lookup.route(routed, cut, heads)
+    tiles.hide(routed, cut)
     own_lse = lse[rows].unsqueeze(-1)
     p = torch.exp(routed - own_lse).masked_fill(own_lse == -torch.inf, 0.0)
     k, v = tiles.k[span].reshape(b * g, keys, -1), tiles.v[span].reshape(b * g, keys, -1)
     dz = grad_z[rows].reshape(folded)
     dot = torch.bmm(dz, v.mT).view_as(p)
-    gain = tiles.expand(problem.gain, cut) if problem.gain is not None else None
+    gain = lookup.gathered(lookup.gain, cut, heads) if lookup is not None and lookup.gain is not None else None
     if dv is not None:
         weight = p if gain is None else p * gain
         dv[span] += torch.bmm(weight.view(folded).mT, dz).view(b, g, keys, -1)
@@ -73,11 +78,10 @@ def _accumulate(
     if dq is None and dk is None:
         return
     ds = drouted
-    if problem.factor is not None or problem.magnitude is not None:
-        slope = tiles.expand(problem.factor, cut) if problem.factor is not None else torch.ones_like(s)
-        if problem.magnitude is not None:
-            slope = slope + tiles.expand(problem.magnitude, cut) * s.sign()
-        ds = drouted * slope
+    if lookup is not None and lookup.factor is not None:
+        ds = drouted * lookup.gathered(lookup.factor, cut, heads)
+    if lookup is not None and lookup.magnitude is not None:
+        ds = ds + drouted * lookup.gathered(lookup.magnitude, cut, heads) * s.sign()
     if problem.softcap:
         ds = ds * (1 - (s / problem.softcap).square())
     ds = (ds * problem.scale).reshape(folded)
@@ -89,17 +93,19 @@ def _accumulate(
 
 def _add_by_role(tiles: Tiles, cut: Cut, pairs: Tensor, total: Tensor) -> None:
     """Add ``pairs [b, h, n, k]``, summed over keys by role and queries by role, to ``total [B|1, H, R, R]``."""
-    by_source = pairs @ _one_hot(tiles.roles, cut, cut.j0, cut.j1, tiles.wide)
-    by_route = _one_hot(tiles.query_roles, cut, cut.i0, cut.i1, tiles.wide).mT @ by_source
-    heads = slice(cut.g0 * tiles.share, cut.g1 * tiles.share)
+    roles, query_roles = tiles.problem.roles, tiles.problem.query_roles
+    if roles is None or query_roles is None:
+        return
+    by_source = pairs @ _one_hot(roles, cut, cut.j0, cut.j1, tiles.wide)
+    by_route = _one_hot(query_roles, cut, cut.i0, cut.i1, tiles.wide).mT @ by_source
+    heads = tiles.heads(cut)
     if total.shape[0] == 1:
         total[0, heads] += by_route.sum(0)
     else:
         total[cut.b0 : cut.b1, heads] += by_route
 
 
-def _one_hot(roles: Tensor | None, cut: Cut, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+def _one_hot(roles: Tensor, cut: Cut, start: int, stop: int, dtype: torch.dtype) -> Tensor:
     """``[b|1, 1, length, R]``."""
-    assert roles is not None  # noqa: S101 - only tables that exist have gradients, and they come with roles
     part = roles[0:1, start:stop] if roles.shape[0] == 1 else roles[cut.b0 : cut.b1, start:stop]
-    return torch.nn.functional.one_hot(part, ROLES).to(dtype).unsqueeze(1)
+    return torch.nn.functional.one_hot(part.long(), ROLES).to(dtype).unsqueeze(1)

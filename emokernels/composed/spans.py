@@ -10,13 +10,16 @@ subtracted, so a gain near 0 on a set that holds nearly all the weight loses not
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from ..problem import Problem
-from .memo import Memo, content
-from .plan import Block, Piece, Plan, make_plan
-from .tables import Alike
+from .layout import row_bytes
+from .memo import Memo
+from .plan import Band, Piece, Plan, make_plan
+from .tables import Alike, Flags
 from .visible import Visible
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -32,13 +35,11 @@ def group_rows(problem: Problem, alike: Alike, visible: list[Visible]) -> list[G
     """Plans with the batch rows that share each; None when a layout is too long to serve as a key."""
     if problem.roles is None or problem.query_roles is None:
         return None
-    roles, query_roles = problem.roles, problem.query_roles
     batch, _, n, _ = problem.q.shape
-    if content(roles) is None or content(query_roles) is None:
+    keys, queries = row_bytes(problem.roles), row_bytes(problem.query_roles)
+    if keys is None or queries is None:
         return None
-    rows = max(roles.shape[0], query_roles.shape[0], len(visible))
-    keys = [_row_bytes(roles, r) for r in range(roles.shape[0])]
-    queries = [_row_bytes(query_roles, r) for r in range(query_roles.shape[0])]
+    rows = max(len(keys), len(queries), len(visible))
     groups: dict[tuple[bytes, bytes, Visible], list[int]] = {}
     for row in range(rows):
         layout = (keys[row % len(keys)], queries[row % len(queries)], visible[row % len(visible)])
@@ -67,10 +68,12 @@ def attend_by_spans(
     return z, lse
 
 
-def _row_bytes(roles: Tensor, row: int) -> bytes:
-    key = content(roles[row])
-    assert key is not None  # a row of a tensor that is small enough
-    return key[2]  # type: ignore[return-value]
+class _Rows(NamedTuple):
+    """Query rows [i0, i1) and their one role, None when they mix."""
+
+    i0: int
+    i1: int
+    role: int | None
 
 
 class _Merger:
@@ -86,9 +89,8 @@ class _Merger:
         self.bias = None if problem.bias is None else pick(problem.bias)
         self.factor = None if problem.factor is None else pick(problem.factor)
         self.gain = None if problem.gain is None else pick(problem.gain)
-        query_roles = problem.query_roles
-        assert query_roles is not None
-        self.query_roles = query_roles[members[0] if query_roles.shape[0] > 1 else 0].long()
+        rows = problem.query_roles
+        self.query_roles = None if rows is None else rows[members[0] if rows.shape[0] > 1 else 0].long()
         self.buffers = [
             (_gather(self.k, ranges), _gather(self.v, ranges)) for ranges in plan.buffers
         ]
@@ -112,10 +114,10 @@ class _Merger:
         if lse is not None:
             own_lse = lse if whole else lse[index] if adjacent else lse.new_empty((len(self.members), *lse.shape[1:]))
         done = 0
-        for block in self.plan.blocks:
-            self._fill_empty(own_z, own_lse, done, block.i0)
-            self._merge(block, own_z, own_lse)
-            done = block.i1
+        for band in self.plan.bands:
+            self._fill_empty(own_z, own_lse, done, band.i0)
+            self._merge_band(band, own_z, own_lse)
+            done = band.i1
         self._fill_empty(own_z, own_lse, done, z.shape[2])
         if not (whole or adjacent):
             z[self.members] = own_z
@@ -132,68 +134,79 @@ class _Merger:
             if lse is not None:
                 lse[:, :, i0:i1] = -torch.inf
 
-    def _merge(self, block: Block, z: Tensor, lse: Tensor | None) -> None:
-        """One block: the calls of its pieces, and their weighted sum into z."""
-        q = self.q[:, :, block.i0 : block.i1]
-        out = z[:, :, block.i0 : block.i1]
-        parts = [self._call(q, block, piece) for piece in block.pieces]
-        shares = [self._shifted(part_lse, block, piece) for (_, part_lse), piece in zip(parts, block.pieces, strict=True)]
-        if len(parts) == 1:
+    def _merge_band(self, band: Band, z: Tensor, lse: Tensor | None) -> None:
+        """One band: the calls for all its rows, then block by block the calls inside it and the weighted sum into z."""
+        whole = self.q[:, :, band.i0 : band.i1]
+        shared = [self._call(whole, piece, _Rows(band.i0, band.i1, band.role)) for piece in band.pieces]
+        for block in band.blocks:
+            rows = _Rows(block.i0, block.i1, band.role)
+            q = self.q[:, :, block.i0 : block.i1]
+            inside = slice(block.i0 - band.i0, block.i1 - band.i0)
+            pieces = band.pieces + block.pieces
+            parts = [(part[:, :, :, inside], part_lse[:, :, inside]) for part, part_lse in shared]
+            parts += [self._call(q, piece, rows) for piece in block.pieces]
+            shares = [self._shifted(share, piece, rows) for (_, share), piece in zip(parts, pieces, strict=True)]
+            weights, total = self._weights(shares)
+            if lse is not None:
+                lse[:, :, block.i0 : block.i1] = total
+            weights = [self._gained(weight, piece, rows) for weight, piece in zip(weights, pieces, strict=True)]
+            _weighted_sum([part for part, _ in parts], weights, z[:, :, block.i0 : block.i1])
+
+    def _weights(self, shares: list[Tensor]) -> tuple[list[Tensor | None], Tensor]:
+        """``exp(share - total)`` per piece (None for 1) and ``total = logsumexp(shares)``, ``[b, H, n]`` each."""
+        if len(shares) == 1:
             total = shares[0]
-            weights = [torch.ones_like(total)] if self.alike.masks else [None]
-            if self.alike.masks:
-                weights[0] = (total > -torch.inf).to(total.dtype)
-        else:
-            stacked = torch.stack(shares)
-            total = torch.logsumexp(stacked, 0)
-            weighed = torch.softmax(stacked, 0)
-            if self.alike.masks:
-                weighed.masked_fill_((total == -torch.inf).unsqueeze(0), 0.0)
-            weights = list(weighed.unbind(0))
-        if lse is not None:
-            lse[:, :, block.i0 : block.i1] = total
-        weights = [self._gained(weight, block, piece) for weight, piece in zip(weights, block.pieces, strict=True)]
-        _weighted_sum([part for part, _ in parts], weights, out)
+            return [(total > -torch.inf).to(total.dtype) if self.alike.masks else None], total
+        stacked = torch.stack(shares)
+        weights = torch.softmax(stacked, 0)
+        top = stacked.amax(0)
+        # The largest weight is exp(top - total) >= 1 / pieces: the same as logsumexp, five times faster.
+        total = top - weights.amax(0).log_()
+        if self.alike.masks:
+            empty = top == -torch.inf
+            weights.masked_fill_(empty.unsqueeze(0), 0.0)
+            total.masked_fill_(empty, -torch.inf)
+        return list(weights.unbind(0)), total
 
-    def _call(self, q: Tensor, block: Block, piece: Piece) -> tuple[Tensor, Tensor]:
-        """Stock attention of the block's rows over one piece: z ``[b, H, n, D]`` and lse ``[b, H, n]``."""
-        if self.factor is not None and self._used(self.alike.factor, block, piece):
-            q = q * self._look_up(self.factor, block, piece).unsqueeze(-1).to(q.dtype)
-        if piece.buffer is None:
-            span = slice(piece.start, piece.start + piece.length)
-            return _flash(q, self.k[:, :, span], self.v[:, :, span], 0.0, True, scale=self.scale)  # type: ignore[no-any-return]
-        k, v = self.buffers[piece.buffer]
-        k, v = k[:, :, : piece.length], v[:, :, : piece.length]
-        if self.share == 1:
-            return _flash(q, k, v, scale=self.scale)  # type: ignore[no-any-return]
-        # Query heads of one key head become rows of one call: larger products, and keys are read once.
+    def _call(self, q: Tensor, piece: Piece, rows: _Rows) -> tuple[Tensor, Tensor]:
+        """Stock attention of some rows over one piece: z ``[b, Hkv, H / Hkv, n, D]`` and lse ``[b, H, n]``."""
+        if self.factor is not None and self._used(self.alike.factor, piece, rows):
+            q = q * self._look_up(self.factor, piece, rows).unsqueeze(-1).to(q.dtype)
+        k, v = (self.k, self.v) if piece.buffer is None else self.buffers[piece.buffer]
+        span = slice(piece.start, piece.start + piece.length)
+        k, v = k[:, :, span], v[:, :, span]
         batch, heads, n, dim = q.shape
-        part, part_lse = _flash(q.reshape(batch, k.shape[1], self.share * n, dim), k, v, scale=self.scale)
-        return part.view(batch, k.shape[1], self.share, n, dim).flatten(1, 2), part_lse.reshape(batch, heads, n)
+        key_heads = k.shape[1]
+        if piece.causal or self.share == 1:
+            part, part_lse = _flash(q, k, v, 0.0, piece.causal, scale=self.scale)
+            return part.unflatten(1, (key_heads, self.share)), part_lse
+        # Query heads of one key head become rows of one call: larger products, and keys are read once.
+        part, part_lse = _flash(q.reshape(batch, key_heads, self.share * n, dim), k, v, scale=self.scale)
+        return part.unflatten(2, (self.share, n)), part_lse.reshape(batch, heads, n)
 
-    def _shifted(self, part_lse: Tensor, block: Block, piece: Piece) -> Tensor:
-        if self.bias is None or not self._used(self.alike.bias, block, piece):
-            return part_lse
-        return part_lse + self._look_up(self.bias, block, piece)
+    def _shifted(self, share: Tensor, piece: Piece, rows: _Rows) -> Tensor:
+        if self.bias is None or not self._used(self.alike.bias, piece, rows):
+            return share
+        return share + self._look_up(self.bias, piece, rows)
 
-    def _gained(self, weight: Tensor | None, block: Block, piece: Piece) -> Tensor | None:
-        if self.gain is None or not self._used(self.alike.gain, block, piece):
+    def _gained(self, weight: Tensor | None, piece: Piece, rows: _Rows) -> Tensor | None:
+        if self.gain is None or not self._used(self.alike.gain, piece, rows):
             return weight
-        gain = self._look_up(self.gain, block, piece)
+        gain = self._look_up(self.gain, piece, rows)
         return gain if weight is None else weight * gain
 
     @staticmethod
-    def _used(flags: tuple[tuple[bool, ...], ...], block: Block, piece: Piece) -> bool:
-        if block.role is not None:
-            return flags[block.role][piece.role]
+    def _used(flags: Flags, piece: Piece, rows: _Rows) -> bool:
+        if rows.role is not None:
+            return flags[rows.role][piece.role]
         return any(row[piece.role] for row in flags)
 
-    def _look_up(self, table: Tensor, block: Block, piece: Piece) -> Tensor:
+    def _look_up(self, table: Tensor, piece: Piece, rows: _Rows) -> Tensor:
         """``table[row, head, role of query, piece.role]`` as ``[b|1, H, n|1]``."""
         column = table[:, :, :, piece.role]
-        if block.role is not None:
-            return column[:, :, block.role : block.role + 1]
-        return column.index_select(2, self.query_roles[block.i0 : block.i1])
+        if rows.role is not None or self.query_roles is None:
+            return column[:, :, rows.role : (rows.role or 0) + 1]
+        return column.index_select(2, self.query_roles[rows.i0 : rows.i1])
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -208,18 +221,22 @@ def _gather(x: Tensor, ranges: tuple[tuple[int, int], ...]) -> Tensor:
 
 
 def _weighted_sum(parts: list[Tensor], weights: list[Tensor | None], out: Tensor) -> None:
-    """``out = sum_k weights_k * parts_k``, accumulated in float32 for half-precision parts."""
+    """``out = sum_k weights_k * parts_k``, accumulated in float32 for half-precision parts.
+
+    `parts` are ``[b, Hkv, G, n, D]``, weights ``[b|1, H, n|1]`` (None for 1), `out` ``[b, H, n, D]``.
+    """
     wide = torch.float64 if out.dtype == torch.float64 else torch.float32
-    if len(parts) == 1:
-        weight = weights[0]
-        out.copy_(parts[0] if weight is None else parts[0] * weight.unsqueeze(-1))
-        return
+    groups = parts[0].shape[1:3]
+    out = out.unflatten(1, groups)
     total = out if out.dtype == wide else torch.empty_like(out, dtype=wide)
     for number, (part, weight) in enumerate(zip(parts, weights, strict=True)):
-        assert weight is not None
+        if weight is None:  # only ever a single part
+            out.copy_(part)
+            return
+        factor = weight.unflatten(1, groups).unsqueeze(-1).to(wide)
         if number == 0:
-            torch.mul(part, weight.unsqueeze(-1).to(wide), out=total)
+            torch.mul(part, factor, out=total)
         else:
-            total.addcmul_(part.to(wide), weight.unsqueeze(-1).to(wide))
+            total.addcmul_(part, factor) if part.dtype == wide else total.addcmul_(part.to(wide), factor)
     if total is not out:
         out.copy_(total)

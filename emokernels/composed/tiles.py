@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..problem import Problem
-from ..routes import ROLES
+from .lookup import Lookup
 
 TILE = 1 << 19
 """Scores in one tile (2 MB of float32): fits the second-level cache of a CPU with room for keys and values."""
@@ -69,9 +69,8 @@ class Tiles:
         self.v = problem.v if problem.v.dtype == wide else problem.v.to(wide)
         self.share = problem.q.shape[1] // problem.k.shape[1]
         self.offset = problem.k.shape[2] - problem.q.shape[2]
-        self.roles = problem.roles.long() if problem.roles is not None and problem.routed else None
-        self.query_roles = problem.query_roles.long() if problem.query_roles is not None and problem.routed else None
-        self.may_be_empty = problem.mask is not None or problem.bias is not None or not problem.causal
+        self.lookup = Lookup(problem, wide) if problem.roles is not None and problem.query_roles is not None else None
+        self.may_be_empty = problem.mask is not None or (self.lookup is not None and self.lookup.masks)
 
     def cuts(self) -> list[Cut]:
         """Rectangles that cover the problem, each with at most TILE scores (but never less than one row of one head)."""
@@ -80,43 +79,46 @@ class Tiles:
         rows = max(1, min(n, TILE_ROWS, TILE // (self.share * keys)))
         heads = max(1, min(key_heads, TILE // (rows * self.share * keys)))
         together = max(1, min(batch, TILE // (rows * self.share * keys * key_heads))) if heads == key_heads else 1
+        edges = self.lookup.row_edges if self.lookup is not None else ()
         cuts = []
-        for i0 in range(0, n, rows):
+        i0 = 0
+        while i0 < n:
             i1 = min(i0 + rows, n)
+            i1 = next((edge for edge in edges if i0 < edge < i1), i1)
             j1 = i1 + self.offset if self.problem.causal else keys
             j0 = max(0, i0 + self.offset - self.problem.window + 1) if self.problem.window else 0
             for b0 in range(0, batch, together):
                 for g0 in range(0, key_heads, heads):
-                    cuts.append(
-                        Cut(b0, min(b0 + together, batch), g0, min(g0 + heads, key_heads), i0, i1, j0, j1)
-                    )
+                    cuts.append(Cut(b0, min(b0 + together, batch), g0, min(g0 + heads, key_heads), i0, i1, j0, j1))
+            i0 = i1
         return cuts
 
-    def scores(self, cut: Cut) -> tuple[Tensor, Tensor]:
-        """Routed and masked scores, and the same before routing, ``[b, h, n, k]``."""
+    def heads(self, cut: Cut) -> slice:
+        """The query heads of a rectangle."""
+        return slice(cut.g0 * self.share, cut.g1 * self.share)
+
+    def scores(self, cut: Cut) -> Tensor:
+        """Scaled and soft-capped scores of a rectangle, ``[b, h, n, k]``, fresh memory."""
         problem, share = self.problem, self.share
         b, g, n, keys = cut.b1 - cut.b0, cut.g1 - cut.g0, cut.i1 - cut.i0, cut.j1 - cut.j0
-        dim = problem.q.shape[3]
-        q = problem.q[cut.b0 : cut.b1, cut.g0 * share : cut.g1 * share, cut.i0 : cut.i1].to(self.wide) * problem.scale
-        k = self.k[cut.b0 : cut.b1, cut.g0 : cut.g1, cut.j0 : cut.j1]
+        q, k = problem.q, self.k
+        if b != q.shape[0] or g != k.shape[1] or n != q.shape[2] or keys != k.shape[2]:
+            q = q[cut.b0 : cut.b1, self.heads(cut), cut.i0 : cut.i1]
+            k = k[cut.b0 : cut.b1, cut.g0 : cut.g1, cut.j0 : cut.j1]
+        dim = q.shape[3]
+        q = (q if q.dtype == self.wide else q.to(self.wide)) * problem.scale
         s = torch.bmm(q.reshape(b * g, share * n, dim), k.reshape(b * g, keys, dim).mT).view(b, g * share, n, keys)
         if problem.softcap:
             s = s.div_(problem.softcap).tanh_().mul_(problem.softcap)
-        plain = s
-        if problem.magnitude is not None:
-            s = plain.abs().mul_(self.expand(problem.magnitude, cut))
-            s += plain * self.expand(problem.factor, cut) if problem.factor is not None else plain
-        elif problem.factor is not None:
-            s = plain * self.expand(problem.factor, cut)
-        if problem.bias is not None:
-            bias = self.expand(problem.bias, cut)
-            s = s + bias if s is plain else s.add_(bias)
-        return self.hide(s, cut), plain
+        return s
 
     def run(self, cut: Cut, need_lse: bool) -> tuple[Tensor, Tensor | None]:
         """z ``[b, h, n, D]`` and lse ``[b, h, n]`` of a rectangle."""
-        s, _ = self.scores(cut)
+        s = self.scores(cut)
         b, h, n, keys = s.shape
+        if self.lookup is not None:
+            self.lookup.route(s, cut, self.heads(cut))
+        self.hide(s, cut)
         p = torch.softmax(s, -1)
         lse = None
         if need_lse or self.may_be_empty:
@@ -125,53 +127,36 @@ class Tiles:
                 p.masked_fill_((top == -torch.inf).unsqueeze(-1), 0.0)
             if need_lse:
                 # The largest weight is exp(top - lse), at least 1 / K: no cancellation, and no second exp per score.
-                lse = top - p.amax(-1).log()
+                lse = top - p.amax(-1).log_()
                 if self.may_be_empty:
                     lse.masked_fill_(top == -torch.inf, -torch.inf)
-        if self.problem.gain is not None:
-            p.mul_(self.expand(self.problem.gain, cut))
-        v = self.v[cut.b0 : cut.b1, cut.g0 : cut.g1, cut.j0 : cut.j1]
+        if self.lookup is not None and self.problem.gain is not None:
+            self.lookup.weigh(p, cut, self.heads(cut))
+        v = self.v
+        if b != v.shape[0] or cut.g1 - cut.g0 != v.shape[1] or keys != v.shape[2]:
+            v = v[cut.b0 : cut.b1, cut.g0 : cut.g1, cut.j0 : cut.j1]
         groups = b * (cut.g1 - cut.g0)
         z = torch.bmm(p.view(groups, self.share * n, keys), v.reshape(groups, keys, v.shape[3]))
         return z.view(b, h, n, -1), lse
 
-    def expand(self, table: Tensor, cut: Cut) -> Tensor:
-        """``table[row, head, role of query, role of key]`` over a rectangle, ``[b|1, h, n, k]``."""
-        assert self.roles is not None and self.query_roles is not None  # noqa: S101 - Problem carries roles with tables
-        b, n, keys = cut.b1 - cut.b0, cut.i1 - cut.i0, cut.j1 - cut.j0
-        table = table[_rows(table, cut), cut.g0 * self.share : cut.g1 * self.share].to(self.wide)
-        roles = self.roles[_rows(self.roles, cut), cut.j0 : cut.j1]
-        query_roles = self.query_roles[_rows(self.query_roles, cut), cut.i0 : cut.i1]
-        pair = query_roles.unsqueeze(2) * ROLES + roles.unsqueeze(1)
-        flat = table.flatten(2)
-        if pair.shape[0] == 1:
-            return flat.index_select(2, pair.flatten()).view(table.shape[0], table.shape[1], n, keys)
-        heads = table.shape[1]
-        index = pair.view(b, 1, n * keys).expand(b, heads, n * keys)
-        return flat.expand(b, -1, -1).gather(2, index).view(b, heads, n, keys)
-
-    def hide(self, s: Tensor, cut: Cut) -> Tensor:
-        """`s` with -inf at every key that a mask hides."""
+    def hide(self, s: Tensor, cut: Cut) -> None:
+        """Put -inf at every key of the scores that a mask hides."""
         problem = self.problem
         n, keys = cut.i1 - cut.i0, cut.j1 - cut.j0
-        if (problem.causal and n > 1) or problem.window:
+        if problem.causal and n > 1:
+            # Only the last n keys of a tile reach past the diagonal of some row.
+            later = torch.ones(n, n, dtype=torch.bool, device=s.device).triu_(1)
+            s[..., keys - n :].masked_fill_(later, -torch.inf)
+        if problem.window and keys > problem.window:
             i = torch.arange(cut.i0, cut.i1, device=s.device)[:, None] + self.offset
             j = torch.arange(cut.j0, cut.j1, device=s.device)[None, :]
-            hidden = j > i if problem.causal else torch.zeros(n, keys, dtype=torch.bool, device=s.device)
-            if problem.window:
-                hidden = hidden | (j <= i - problem.window)
-            s = s.masked_fill(hidden, -torch.inf)
+            s.masked_fill_(j <= i - problem.window, -torch.inf)
         mask = problem.mask
         if mask is not None:
-            heads = slice(None) if mask.shape[1] == 1 else slice(cut.g0 * self.share, cut.g1 * self.share)
-            part = mask[_rows(mask, cut), heads, cut.i0 : cut.i1, cut.j0 : cut.j1]
+            heads = slice(None) if mask.shape[1] == 1 else self.heads(cut)
+            rows = slice(None) if mask.shape[0] == 1 else slice(cut.b0, cut.b1)
+            part = mask[rows, heads, cut.i0 : cut.i1, cut.j0 : cut.j1]
             if mask.dtype == torch.bool:
-                s = s.masked_fill(~part, -torch.inf)
+                s.masked_fill_(~part, -torch.inf)
             else:
-                part = part.to(self.wide).masked_fill(part <= torch.finfo(mask.dtype).min, -torch.inf)
-                s = s + part
-        return s
-
-
-def _rows(tensor: Tensor, cut: Cut) -> slice:
-    return slice(0, 1) if tensor.shape[0] == 1 else slice(cut.b0, cut.b1)
+                s += part.to(self.wide).masked_fill(part <= torch.finfo(mask.dtype).min, -torch.inf)
