@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import emokernels as emo
 import torch
+from emokernels.attention import run as run_attention
 from torch import Tensor, nn
 
 from emocircuits.patching import Tapped, patch
@@ -36,11 +36,11 @@ def attention_weights(
         keys = call.k.shape[2]
         unit = torch.eye(keys, device=call.k.device, dtype=call.k.dtype).expand(*call.k.shape[:2], keys, keys)
         mask = None if call.mask is None else call.mask[..., -rows:, :]
-        out = emo.attention(
+        weights, _ = run_attention(
             call.q[:, :, -rows:], call.k, unit, mask=mask, causal=call.causal, scale=call.scale, routes=call.routes,
             roles=call.roles, query_roles=call.query_roles[:, -rows:], backend="reference",
         )  # fmt: skip
-        seen.append(out.z.float())
+        seen.append(weights.float())
 
     with patch(model, plan or Plan(), roles=roles, tap=tap):
         model(**inputs, use_cache=False, logits_to_keep=1)

@@ -1,0 +1,1 @@
+"""Results as pages that open in a browser without a network."""
