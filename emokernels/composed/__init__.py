@@ -1,4 +1,12 @@
-"""Routed attention from stock pieces: torch's own attention kernels merged by log-sum-exp, and tiles for the rest."""
+"""Routed attention from stock pieces: torch's own attention kernels merged by log-sum-exp, and tiles for the rest.
+
+| problem | how |
+|---|---|
+| no route changes anything | `plain`: stock attention as it is |
+| one query per row, one layout | `step`: two products and a softmax |
+| long prefill on a CPU | `spans`: stock attention per class of keys, merged |
+| softcap, abs, windows, irregular masks, small or mixed problems, other devices | `tiles`: bounded tiles of scores |
+"""
 
 from __future__ import annotations
 
@@ -6,9 +14,11 @@ import torch
 from torch import Tensor
 
 from ..problem import Problem
+from .layout import row_bytes
 from .mlp import activate
-from .plain import is_plain, plain
+from .plain import is_plain, plain, plain_with_lse
 from .spans import attend_by_spans, group_rows
+from .step import attend_step, slices_of
 from .tables import inspect
 from .tiles import attend_tiled
 from .visible import visible_keys
@@ -16,33 +26,52 @@ from .visible import visible_keys
 __all__ = ["activate", "attend", "attend_with_lse", "is_plain", "plain"]
 
 SMALL_SCORES = 1 << 18
-"""Problems with fewer scores per layout finish in one tile before a merge has made its calls."""
+"""Problems with fewer scores than this finish in one tile before a merge has made its calls."""
 FEW_ROWS = 16
-"""Up to this many query rows (decode steps), the tile is small and one read of K and V is the whole cost."""
+"""Up to this many query rows the tile is small and one read of K and V is the whole cost."""
+SMALL_HALF_KEYS = 1 << 18
+"""Half-precision keys (elements) that may be converted to float32 for a tile; more are left to stock kernels."""
 
 
 def attend(problem: Problem, need_lse: bool = True) -> tuple[Tensor, Tensor | None]:
     """z ``[B, H, N, D]`` and lse ``[B, H, N]`` (None unless needed); no gradient."""
-    q, k = problem.q, problem.k
-    batch, heads, n, _ = q.shape
-    half = q.dtype in (torch.bfloat16, torch.float16)
-    scores = heads * n * k.shape[2]
-    # In half precision a tile first converts K and V to float32, so stock kernels win as soon as there are many keys.
-    small = n <= FEW_ROWS if not half else k.shape[2] * n <= FEW_ROWS * FEW_ROWS
-    if q.device.type != "cpu" or problem.softcap or small or scores < SMALL_SCORES:
+    if problem.q.device.type != "cpu":
         return attend_tiled(problem, need_lse)
-    visible = visible_keys(problem)
-    if visible is None:
-        return attend_tiled(problem, need_lse)
+    if problem.roles is None or problem.query_roles is None or not problem.routed:
+        return _unrouted(problem, need_lse)
     alike = inspect(problem)
-    groups = None if alike.magnitude else group_rows(problem, alike, visible)
-    if groups is None:
+    queries = row_bytes(problem.query_roles)
+    if queries is not None and not alike.changes(set().union(*queries)):
+        return _unrouted(problem, need_lse)
+    n = problem.q.shape[2]
+    stock = not problem.softcap and not alike.magnitude
+    if n > FEW_ROWS or (stock and problem.q.element_size() == 2 and problem.k.numel() > SMALL_HALF_KEYS):
+        if stock and problem.q.shape[1] * n * problem.k.shape[2] >= SMALL_SCORES:
+            visible = visible_keys(problem)
+            groups = None if visible is None else group_rows(problem, alike, visible)
+            if groups is not None:
+                return attend_by_spans(problem, alike, groups, need_lse)
+    elif n == 1 and queries is not None and len(queries) == 1:
+        keys = row_bytes(problem.roles)
+        dst = queries[0][0]
+        slices = slices_of(keys[0], dst, alike) if keys is not None and len(keys) == 1 else None
+        if slices is not None:
+            return attend_step(problem, dst, slices, problem.mask is not None or alike.masks, need_lse)
+    return attend_tiled(problem, need_lse)
+
+
+def _unrouted(problem: Problem, need_lse: bool) -> tuple[Tensor, Tensor | None]:
+    problem = problem._replace(bias=None, factor=None, magnitude=None, gain=None)
+    if not is_plain(problem):
         return attend_tiled(problem, need_lse)
-    return attend_by_spans(problem, alike, groups, need_lse)
+    if need_lse:
+        return plain_with_lse(problem)
+    return plain(problem), None
 
 
 def attend_with_lse(problem: Problem) -> tuple[Tensor, Tensor]:
-    """`attend` in the form the op needs: z in its declared layout, lse always there."""
+    """`attend` in the form the op needs: z in its declared layout, lse always there, nothing shared with an input."""
     z, lse = attend(problem, need_lse=True)
-    assert lse is not None
-    return z.transpose(1, 2).contiguous().transpose(1, 2), lse
+    if lse is None:
+        raise RuntimeError("lse was asked for and not computed")
+    return z.transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous()

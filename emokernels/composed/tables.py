@@ -7,7 +7,8 @@ their weights by one gain, is done once on the result.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +20,9 @@ from .memo import Memo, content
 Flags = tuple[tuple[bool, ...], ...]
 
 
-class Alike(NamedTuple):
-    """Indexed ``[dst role][src role]``.
+@dataclass(frozen=True, eq=False)
+class Alike:
+    """What `inspect` finds. Indexed ``[dst role][src role]``.
 
     `label`: the smallest source role that acts alike; `bias`, `factor`, `gain`: whether any row or head differs from the
     identity; `magnitude`: whether the absolute value of a logit is used anywhere; `masks`: whether some bias is -inf.
@@ -32,6 +34,8 @@ class Alike(NamedTuple):
     gain: Flags
     magnitude: bool
     masks: bool
+    slices: Memo[Any] = field(default_factory=lambda: Memo(64))
+    """Remembered by `step` per layout."""
 
     def changes(self, roles: set[int]) -> bool:
         """True when a destination role of `roles` has a table row that is not the identity."""
