@@ -1,11 +1,11 @@
-"""The one attention function that is registered with transformers; what it does for a layer is decided by that layer's Site."""
+"""The one attention function registered with transformers; each layer's Site decides what it does there."""
 
 from __future__ import annotations
 
 import sys
 from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
@@ -37,7 +37,7 @@ def key_over(implementation: str | None) -> str:
 
 
 def _forward(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -58,9 +58,13 @@ def _forward(
         )
     for name in ("s_aux", "position_bias", "cache", "softcap"):
         if kwargs.get(name) is not None:
-            raise NotImplementedError(f"attention with {name} cannot be edited yet; remove the edits of layer {_layer(module)}")
+            raise NotImplementedError(
+                f"attention with {name} cannot be edited yet; remove the edits of layer {_layer(module)}"
+            )
     if dropout:
-        raise NotImplementedError(f"attention dropout is {dropout} in layer {_layer(module)}; call model.eval() before editing it")
+        raise NotImplementedError(
+            f"attention dropout is {dropout} in layer {_layer(module)}; call model.eval() before editing it"
+        )
     causal = (module.is_causal if is_causal is None else is_causal) and attention_mask is None and query.shape[2] > 1
     if causal and key.shape[2] > query.shape[2]:
         # Prefill into a static cache: the columns after the prompt are still empty.
@@ -68,7 +72,7 @@ def _forward(
     return site(query, key, value, attention_mask, scaling=scaling, causal=causal), None
 
 
-def _layer(module: nn.Module) -> Any:
+def _layer(module: Any) -> Any:
     return getattr(module, "layer_idx", "?")
 
 

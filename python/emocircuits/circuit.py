@@ -38,7 +38,9 @@ class Circuit:
         for name in ("heads", "neurons"):
             pairs = tuple((int(a), int(b)) for a, b in getattr(self, name))
             if any(layer < 0 or layer >= self.layers or i < 0 for layer, i in pairs):
-                raise ValueError(f"{name}={list(pairs)}: expected layers 0 to {self.layers - 1} and non-negative numbers")
+                raise ValueError(
+                    f"{name}={list(pairs)}: expected layers 0 to {self.layers - 1} and non-negative numbers"
+                )
             object.__setattr__(self, name, pairs)
         object.__setattr__(self, "head_effects", tuple(float(v) for v in self.head_effects))
         if self.head_effects and len(self.head_effects) != len(self.heads):

@@ -66,9 +66,7 @@ def _demo(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"--out {out}: is a file; name a folder")
     out.mkdir(parents=True, exist_ok=True)
     people = {name: max(4, n // 5) for name, n in story.PEOPLE.items()} if args.quick else None
-    result = story.tell(
-        seed=args.seed, people=people, progress=not args.json, say=_quiet if args.json else _tell
-    )
+    result = story.tell(seed=args.seed, people=people, progress=not args.json, say=_quiet if args.json else _tell)
     paths = save(result, out)
     if not args.json:
         print(summary.text(result))

@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from emokernels import Role
 from torch import Tensor
 
 from emocircuits.roles import prompt_roles, real_tokens
+from emokernels import Role
 
 GROWTH = 1024
 
@@ -45,7 +45,9 @@ class Context:
     def rows(self) -> Tensor:
         """Roles ``[B, N]`` of the rows of the forward pass in progress."""
         if self.query_roles is None:
-            raise ValueError("a layer ran before the roles of the prompt were known; call the whole model, not a part of it")
+            raise ValueError(
+                "a layer ran before the roles of the prompt were known; call the whole model, not a part of it"
+            )
         return self.query_roles
 
     def reset(self) -> None:
@@ -100,10 +102,14 @@ class Context:
         ids = kwargs.get("input_ids")
         if self.given is not None:
             if tuple(self.given.shape) != (batch, length):
-                raise ValueError(f"roles has shape {tuple(self.given.shape)}, the prompt is [{batch}, {length}]; give one role a token")
+                raise ValueError(
+                    f"roles has shape {tuple(self.given.shape)}, the prompt is [{batch}, {length}]; they must agree"
+                )
             roles = self.given
         elif ids is None:
-            raise ValueError("the prompt came as inputs_embeds, so visual tokens cannot be found; pass patch(..., roles=[B, N])")
+            raise ValueError(
+                "the prompt came as inputs_embeds, so visual tokens cannot be found; pass patch(..., roles=[B, N])"
+            )
         else:
             roles = prompt_roles(ids, real_tokens(kwargs.get("attention_mask"), length), self.placeholders)
         device = ids.device if ids is not None else kwargs["inputs_embeds"].device

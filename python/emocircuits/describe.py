@@ -68,13 +68,22 @@ def describe(
     without = say()
     with patch(loaded, chosen):
         edited = say()
-    return {"image": str(image), "event": event, "model": model, "without": without, "with": edited, "plan": chosen.to_dict()}
+    return {
+        "image": str(image),
+        "event": event,
+        "model": model,
+        "without": without,
+        "with": edited,
+        "plan": chosen.to_dict(),
+    }
 
 
 def _veena(model: str, circuit: str | Path | None, beta: float | None, gamma: float | None) -> VEENA:
     if circuit is None:
         if model != loading.EMBEDDED:
-            raise ValueError(f"no circuit is known for {model!r}; give --circuit FILE, found in this model, or --plan FILE")
+            raise ValueError(
+                f"no circuit is known for {model!r}; give --circuit FILE, found in this model, or --plan FILE"
+            )
         from emocircuits import embedded
 
         circuit = embedded.PATH / "circuit.json"

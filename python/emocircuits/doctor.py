@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-import emokernels as emo
 import torch
-from emokernels.backends import resolve
 
+import emokernels as emo
 from emocircuits.environment import provenance
 from emocircuits.families import FAMILIES
+from emokernels.backends import resolve
 
 
 def examine() -> dict[str, Any]:
     """Versions, devices, backends with reasons, and which backend ``auto`` would take for what."""
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    gpus = (
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    )
     return {
         **provenance(),
         "gpus": gpus,
@@ -32,7 +34,9 @@ def text(report: dict[str, Any]) -> str:
     lines = [f"emokernels {report['versions']['emokernels']}" + (f" at {report['commit']}" if report["commit"] else "")]
     lines += [f"  {name:14} {v}" for name, v in report["versions"].items() if name != "emokernels"]
     lines += ["", "devices", f"  cpu            {report['device']}, {report['threads']} threads"]
-    lines += [f"  cuda:{i}         {name}" for i, name in enumerate(report["gpus"])] or ["  cuda           no GPU is visible to torch"]
+    lines += [f"  cuda:{i}         {name}" for i, name in enumerate(report["gpus"])] or [
+        "  cuda           no GPU is visible to torch"
+    ]
     lines += ["", "attention backends"]
     lines += [f"  {'yes' if b['available'] else 'no ':3} {b['name']:10} {b['reason']}" for b in report["backends"]]
     lines += ["", "what runs where"]

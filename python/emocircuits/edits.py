@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
+
 from emokernels import Role
 
 Phase = Literal["both", "prefill", "decode"]
@@ -76,7 +77,9 @@ class FrozenArray:
         try:
             array = np.array(given, np.float32)
         except (TypeError, ValueError):
-            raise TypeError(f"{name} is {type(value).__name__}: expected a tensor, an array or nested lists of numbers") from None
+            raise TypeError(
+                f"{name} is {type(value).__name__}: expected a tensor, an array or nested lists of numbers"
+            ) from None
         if array.ndim == 0 or array.size == 0 or not np.isfinite(array).all():
             raise ValueError(f"{name} has shape {array.shape}: expected a non-empty array of finite numbers")
         array.flags.writeable = False
@@ -123,9 +126,9 @@ class Edit:
         rows: batch rows (None: all), so that one batch can hold different interventions.
     """
 
-    to: tuple[str, ...] | None = None
+    to: Sequence[str] | None = None
     phase: Phase = "both"
-    rows: tuple[int, ...] | None = None
+    rows: Sequence[int] | None = None
 
     arrays: ClassVar[tuple[str, ...]] = ()
 
@@ -159,7 +162,8 @@ class Edit:
 
     def layers_used(self) -> set[int]:
         """Layers the edit touches."""
-        raise NotImplementedError
+        pairs = [*getattr(self, "heads", ()), *getattr(self, "neurons", ())]
+        return {layer for layer, _ in pairs} | set(getattr(self, "layers", ()))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready fields; defaults are left out."""
@@ -182,8 +186,8 @@ class BoostRoute(Edit):
             ``"logit-abs"`` logits plus ``by`` * abs(logits) (PAI; 0 changes nothing).
     """
 
-    heads: tuple[tuple[int, int], ...] = ()
-    source: tuple[str, ...] = ("visual",)
+    heads: Sequence[tuple[int, int]] = ()
+    source: Sequence[str] = ("visual",)
     by: float = 1.0
     reading: Reading = "weight"
 
@@ -199,26 +203,21 @@ class BoostRoute(Edit):
         object.__setattr__(self, "by", _number("by", self.by, minimum=low))
 
     def roles_used(self) -> set[Role]:
+        """Roles of rows and keys that the edit names."""
         return super().roles_used() | {Role[n.upper()] for n in self.source}
-
-    def layers_used(self) -> set[int]:
-        return {layer for layer, _ in self.heads}
 
 
 @dc.dataclass(frozen=True)
 class ScaleHead(Edit):
     """Multiply the output z of some heads by ``by`` (0 ablates, > 1 enhances) before the output projection."""
 
-    heads: tuple[tuple[int, int], ...] = ()
+    heads: Sequence[tuple[int, int]] = ()
     by: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "heads", _heads(self.heads))
         object.__setattr__(self, "by", _number("by", self.by))
-
-    def layers_used(self) -> set[int]:
-        return {layer for layer, _ in self.heads}
 
 
 @dc.dataclass(frozen=True)
@@ -232,7 +231,7 @@ class ReplaceHead(Edit):
             (padding included). The last form acts in prefill only.
     """
 
-    heads: tuple[tuple[int, int], ...] = ()
+    heads: Sequence[tuple[int, int]] = ()
     value: Any = ()
 
     arrays: ClassVar[tuple[str, ...]] = ("value",)
@@ -247,9 +246,6 @@ class ReplaceHead(Edit):
                 f"value has shape {shape} for {len(self.heads)} heads: expected [D], [n_heads, D] or "
                 "[batch, prompt columns, n_heads, D]"
             )
-
-    def layers_used(self) -> set[int]:
-        return {layer for layer, _ in self.heads}
 
 
 @dc.dataclass(frozen=True)
@@ -277,9 +273,6 @@ class ScaleNeurons(Edit):
         object.__setattr__(self, "neurons", neurons)
         object.__setattr__(self, "by", _number("by", self.by))
 
-    def layers_used(self) -> set[int]:
-        return {layer for layer, _ in self.neurons}
-
 
 @dc.dataclass(frozen=True)
 class AddVector(Edit):
@@ -292,7 +285,7 @@ class AddVector(Edit):
         by: factor on the vector (alpha).
     """
 
-    layers: tuple[int, ...] = ()
+    layers: Sequence[int] = ()
     vector: Any = ()
     site: Site = "resid_post"
     by: float = 1.0
@@ -304,15 +297,12 @@ class AddVector(Edit):
         _check_vector(self)
         object.__setattr__(self, "by", _number("by", self.by))
 
-    def layers_used(self) -> set[int]:
-        return set(self.layers)
-
 
 @dc.dataclass(frozen=True)
 class ReplaceVector(Edit):
     """Set rows of the residual stream, or of an attention or MLP output, to a vector. Arguments as in AddVector."""
 
-    layers: tuple[int, ...] = ()
+    layers: Sequence[int] = ()
     vector: Any = ()
     site: Site = "resid_post"
 
@@ -322,16 +312,15 @@ class ReplaceVector(Edit):
         super().__post_init__()
         _check_vector(self)
 
-    def layers_used(self) -> set[int]:
-        return set(self.layers)
-
 
 def _check_vector(edit: AddVector | ReplaceVector) -> None:
     object.__setattr__(edit, "layers", _layers(edit.layers))
     object.__setattr__(edit, "vector", FrozenArray("vector", edit.vector))
     shape = edit.vector.shape
     if len(shape) not in (1, 2) or (len(shape) == 2 and shape[0] != len(edit.layers)):
-        raise ValueError(f"vector has shape {shape} for {len(edit.layers)} layers: expected [d_model] or [layers, d_model]")
+        raise ValueError(
+            f"vector has shape {shape} for {len(edit.layers)} layers: expected [d_model] or [layers, d_model]"
+        )
     if edit.site not in SITES:
         raise ValueError(f"site={edit.site!r}: expected one of {', '.join(SITES)}")
 

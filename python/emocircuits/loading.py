@@ -71,6 +71,8 @@ def describe_prompt(name: str, processor: Any, event: str) -> str:
 
         return language.prompt(event)
     if getattr(processor, "chat_template", None) is None:
-        raise ValueError(f"{name} has no chat template, so the prompt cannot be written; use an instruction-tuned model")
+        raise ValueError(
+            f"{name} has no chat template, so the prompt cannot be written; use an instruction-tuned model"
+        )
     content = [{"type": "image"}, {"type": "text", "text": event}]
     return str(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))

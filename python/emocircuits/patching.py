@@ -13,14 +13,9 @@ import functools
 import logging
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
-import emokernels as emo
 import torch
-from emokernels import Role
-from emokernels.attention import run as run_attention
-from emokernels.backends import resolve
-from emokernels.edits import run_edit_neurons
 from torch import Tensor, nn
 
 from emocircuits import attention as hf_attention
@@ -29,6 +24,10 @@ from emocircuits.edits import AddVector, ReplaceVector, ScaleNeurons, Site
 from emocircuits.families import Handle, open_model
 from emocircuits.plan import Plan
 from emocircuits.tables import LayerTables, check, compile_plan
+from emokernels import Role
+from emokernels.attention import run as run_attention
+from emokernels.backends import resolve
+from emokernels.edits import run_edit_neurons
 
 log = logging.getLogger(__name__)
 
@@ -39,12 +38,22 @@ Tap = Callable[["Tapped"], None]
 class Tapped:
     """What a tap sees of one attention call: its inputs and the edits made to it."""
 
-    def __init__(self, layer: int, site: _AttentionSite, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, causal: bool) -> None:
+    def __init__(
+        self,
+        layer: int,
+        site: _AttentionSite,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        scale: float | None,
+        causal: bool,
+    ) -> None:
         self.layer, self.q, self.k, self.v, self.mask, self.scale, self.causal = layer, q, k, v, mask, scale, causal
         tables = site.tables()
         self.routes = tables.routes if tables else None
         self.roles = site.patched.context.key_roles(k.shape[2])
-        self.query_roles = site.patched.context.query_roles
+        self.query_roles = site.patched.context.rows
 
 
 class _AttentionSite:
@@ -113,9 +122,13 @@ class Patched:
     def __enter__(self) -> Patched:
         model = self.model
         if MARK in model.__dict__:
-            raise ValueError("the model is already patched; leave the outer patch() first, or patch once with plan_a + plan_b")
+            raise ValueError(
+                "the model is already patched; leave the outer patch() first, or patch once with plan_a + plan_b"
+            )
         if isinstance(model, torch._dynamo.OptimizedModule) or model._compiled_call_impl is not None:
-            raise ValueError("the model was compiled before patch(); patch the plain model and call torch.compile inside")
+            raise ValueError(
+                "the model was compiled before patch(); patch the plain model and call torch.compile inside"
+            )
         try:
             model.__dict__[MARK] = self
             self._undo.append(lambda: model.__dict__.pop(MARK))
@@ -125,7 +138,9 @@ class Patched:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._restore()
 
     def _restore(self) -> None:
@@ -143,7 +158,7 @@ class Patched:
         if handle.model is not handle.backbone:
             self._hook(handle.model.register_forward_pre_hook, self._before_model, with_kwargs=True)
         if hasattr(self.model, "generate"):
-            self.model.__dict__["generate"] = functools.partial(_generate, self, self.model.generate)
+            self.model.__dict__["generate"] = functools.partial(_generate, self, getattr(self.model, "generate"))  # noqa: B009
             self._undo.append(lambda: self.model.__dict__.pop("generate"))
         self._switch_attention()
         for layer in range(handle.geometry.layers):
@@ -155,12 +170,12 @@ class Patched:
     def _switch_attention(self) -> None:
         config = self.handle.text_config
         old = config._attn_implementation
-        saved = [
-            (c, c.__dict__.get("_attn_implementation_internal"))
-            for c in {id(m.config): m.config for m in self.model.modules() if hasattr(m, "config")}.values()
-        ]
+        saved = [(c, c.__dict__.get("_attn_implementation_internal")) for c in _configs(self.model)]
         new = hf_attention.key_over(old)
-        name = next((n for n in getattr(self.model.config, "sub_configs", {}) if getattr(self.model.config, n, None) is config), None)
+        name = next(
+            (n for n in getattr(self.model.config, "sub_configs", {}) if getattr(self.model.config, n, None) is config),
+            None,
+        )
 
         def undo() -> None:
             for c, value in saved:
@@ -169,7 +184,9 @@ class Patched:
         self._undo.append(undo)
         getattr(self.model, "set_attn_implementation")(new if name is None else {name: new})  # noqa: B009
         if config._attn_implementation != new:
-            raise NotImplementedError(f"{type(self.model).__name__} does not let its attention be replaced; it kept {config._attn_implementation!r}")
+            raise NotImplementedError(
+                f"{type(self.model).__name__} keeps its attention ({config._attn_implementation}); it cannot be patched"
+            )
         if old not in ("sdpa", "eager"):
             log.info("unedited layers run on SDPA while the model is patched (the model was loaded with %s)", old)
 
@@ -183,7 +200,7 @@ class Patched:
                 edit_neurons = functools.partial(self._edit_neurons, layer)
                 self._hook(handle.down_projections[layer].register_forward_pre_hook, edit_neurons)
                 continue
-            edit = functools.partial(self._edit_vector, layer, kind)
+            edit = functools.partial(self._edit_vector, layer, cast(Site, kind))
             if kind == "resid_pre":
                 hook = functools.partial(_on_input, edit)
                 self._hook(handle.layers[layer].register_forward_pre_hook, hook, with_kwargs=True)
@@ -212,7 +229,8 @@ class Patched:
             rows = [r for r in missing if edit.rows is None or r in edit.rows]
             if Role.VISUAL in edit.roles_used() and rows:
                 raise ValueError(
-                    f"edit {i} ({type(edit).__name__}) needs visual tokens, but the prompt of batch row {rows[0]} has none; "
+                    f"edit {i} ({type(edit).__name__}) needs visual tokens, but the prompt of batch row "
+                    f"{rows[0]} has none; "
                     "give an image with every prompt, or name the rows that have one (rows=[...])"
                 )
 
@@ -221,7 +239,9 @@ class Patched:
         key = (self.plan, self.context.batch)
         if self._filled is None or self._filled != key:
             parameter = next(self.handle.text.parameters())
-            self.tables = compile_plan(self.plan, self.handle.geometry, self.context.batch, parameter.device, parameter.dtype)
+            self.tables = compile_plan(
+                self.plan, self.handle.geometry, self.context.batch, parameter.device, parameter.dtype
+            )
             self._filled = key
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
@@ -279,8 +299,16 @@ def patch(
             beam search, a batch whose rows do not fit the plan, a visual edit on a prompt without an image.
     """
     if not isinstance(plan, Plan):
-        raise TypeError(f"plan is {type(plan).__name__}: expected a Plan, such as Plan([BoostRoute(...)]) or Plan.load(path)")
+        raise TypeError(
+            f"plan is {type(plan).__name__}: expected a Plan, such as Plan([BoostRoute(...)]) or Plan.load(path)"
+        )
     return Patched(model, plan, backend, roles, tap)
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    """Every config object in the model, once."""
+    found = (getattr(m, "config", None) for m in model.modules())
+    return list({id(c): c for c in found if c is not None}.values())
 
 
 def _places(plan: Plan) -> set[tuple[int, str]]:
@@ -290,7 +318,9 @@ def _places(plan: Plan) -> set[tuple[int, str]]:
     return neurons | vectors
 
 
-def _on_input(edit: Callable[[Tensor], Tensor], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _on_input(
+    edit: Callable[[Tensor], Tensor], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if args:
         return (edit(args[0]), *args[1:]), kwargs
     return args, {**kwargs, "hidden_states": edit(kwargs["hidden_states"])}
@@ -315,7 +345,9 @@ def _generate(patched: Patched, generate: Callable[..., Any], *args: Any, **kwar
     for name in ("num_beams", "num_beam_groups"):
         value = kwargs.get(name, getattr(config, name, 1)) or 1
         if value > 1:
-            raise NotImplementedError(f"{name}={value} is not supported on a patched model yet; use {name}=1 (greedy or sampling)")
+            raise NotImplementedError(
+                f"{name}={value} is not supported on a patched model yet; use {name}=1 (greedy or sampling)"
+            )
     for name in ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size"):
         if kwargs.get(name, getattr(config, name, None)) is not None:
             raise NotImplementedError(f"{name} is not supported on a patched model; leave it out")

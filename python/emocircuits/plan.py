@@ -9,10 +9,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from emokernels import Role
-
 from emocircuits.edits import EDITS, Edit
 from emocircuits.files import read_json, write_json
+from emokernels import Role
 
 FORMAT = "emocircuits/plan"
 VERSION = 1
@@ -102,7 +101,9 @@ class Plan:
             raise ValueError(f"{where}: plan version {data.get('version')!r}; this release reads version {VERSION}")
         extra = sorted(set(data) - {"format", "version", "edits"})
         if extra or not isinstance(data.get("edits"), list):
-            raise ValueError(f"{where}: unknown or missing field {', '.join(extra) or 'edits'}; a plan holds format, version, edits")
+            raise ValueError(
+                f"{where}: unknown or missing field {', '.join(extra) or 'edits'}; a plan holds format, version, edits"
+            )
         edits = []
         for i, item in enumerate(data["edits"]):
             kind = item.get("edit") if isinstance(item, dict) else None
@@ -112,7 +113,8 @@ class Plan:
             unknown = sorted(set(item) - names - {"edit"})
             if unknown:
                 raise ValueError(
-                    f"{where}: edit {i} ({kind}) has unknown field {', '.join(unknown)}; it takes {', '.join(sorted(names))}"
+                    f"{where}: edit {i} ({kind}) has unknown field {', '.join(unknown)}; "
+                    f"it takes {', '.join(sorted(names))}"
                 )
             try:
                 edits.append(EDITS[kind](**{k: v for k, v in item.items() if k != "edit"}))

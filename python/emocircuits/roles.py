@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from emokernels import Role
 from torch import Tensor
+
+from emokernels import Role
 
 
 def prompt_roles(input_ids: Tensor, real: Tensor | None, placeholders: Sequence[int]) -> Tensor:
@@ -59,5 +60,9 @@ def real_tokens(attention_mask: object, length: int) -> Tensor | None:
     if attention_mask.ndim == 2:
         return attention_mask[:, :length].bool()
     # A column is real when any row of the prompt attends to it; a causal mask hides none of them for good.
-    visible = attention_mask if attention_mask.dtype == torch.bool else attention_mask > torch.finfo(attention_mask.dtype).min / 2
+    visible = (
+        attention_mask
+        if attention_mask.dtype == torch.bool
+        else attention_mask > torch.finfo(attention_mask.dtype).min / 2
+    )
     return visible[:, 0, -length:, :length].any(-2)

@@ -7,7 +7,6 @@ import functools
 import math
 
 import torch
-from emokernels import HeadEdits, NeuronEdits, Role, Routes
 from torch import Tensor
 
 from emocircuits.edits import (
@@ -22,13 +21,14 @@ from emocircuits.edits import (
 )
 from emocircuits.families import Geometry
 from emocircuits.plan import Plan
+from emokernels import HeadEdits, NeuronEdits, Role, Routes
 
 R = len(Role)
 GENERATED = int(Role.GENERATED)
 
 
 def by_row(table: Tensor, query_roles: Tensor) -> Tensor:
-    """Pick the row of ``table`` ``[B|1, R, ...]`` for each token: ``[B, N, ...]`` (``[B|1, 1, ...]`` if N is 1 role)."""
+    """Pick the row of ``table`` ``[B|1, R, ...]`` for each token: ``[B, N, ...]``."""
     if table.shape[0] == 1:
         return table[0][query_roles.long()]
     rows = torch.arange(table.shape[0], device=table.device)[:, None]
@@ -150,13 +150,14 @@ def check(plan: Plan, geometry: Geometry) -> None:
             for layer, head in edit.heads:
                 if head >= geometry.heads:
                     raise ValueError(
-                        f"{name}: layer {layer} has no head {head}; this model has query heads 0 to {geometry.heads - 1}"
+                        f"{name}: layer {layer} has no head {head}; this model has heads 0 to {geometry.heads - 1}"
                     )
         if isinstance(edit, ScaleNeurons):
             for layer, index in edit.neurons:
                 if max(index) >= geometry.neurons:
                     raise ValueError(
-                        f"{name}: layer {layer} has no neuron {max(index)}; this model has neurons 0 to {geometry.neurons - 1}"
+                        f"{name}: layer {layer} has no neuron {max(index)}; "
+                        f"this model has neurons 0 to {geometry.neurons - 1}"
                     )
         for array, size in (("value", geometry.head_dim), ("vector", geometry.d_model)):
             if array in edit.arrays:
@@ -165,7 +166,9 @@ def check(plan: Plan, geometry: Geometry) -> None:
                     raise ValueError(f"{name}: {array} has length {length}; this model needs {size}")
 
 
-def compile_plan(plan: Plan, geometry: Geometry, batch: int, device: torch.device, dtype: torch.dtype) -> dict[int, LayerTables]:
+def compile_plan(
+    plan: Plan, geometry: Geometry, batch: int, device: torch.device, dtype: torch.dtype
+) -> dict[int, LayerTables]:
     """Compile ``plan`` for a batch of ``batch`` rows: tables by layer, only for layers that change.
 
     Tables have one row when no edit names batch rows, else ``batch`` rows. Route and factor tables are float32
@@ -180,7 +183,11 @@ def compile_plan(plan: Plan, geometry: Geometry, batch: int, device: torch.devic
     build = _Builder(geometry, 1 if needed is None else batch, batch, device, dtype)
     for edit in plan:
         build.add(edit)
-    return {layer: build.layer(layer) for layer in sorted(set().union(*(e.layers_used() for e in plan)))} if plan.edits else {}
+    return (
+        {layer: build.layer(layer) for layer in sorted(set().union(*(e.layers_used() for e in plan)))}
+        if plan.edits
+        else {}
+    )
 
 
 class _Builder:
@@ -242,7 +249,9 @@ class _Builder:
                 table.setdefault("scale", self.full((self.rows, R, heads), 1.0))[rows, dst, head] *= edit.by
             elif value is not None and value.ndim == 4:
                 if value.shape[0] != self.batch:
-                    raise ValueError(f"ReplaceHead value is for {value.shape[0]} batch rows, the batch has {self.batch}")
+                    raise ValueError(
+                        f"ReplaceHead value is for {value.shape[0]} batch rows, the batch has {self.batch}"
+                    )
                 if "columns" not in table:
                     table["columns"] = torch.zeros(*value.shape[:2], heads, dim, device=self.device, dtype=self.dtype)
                     table["column_mask"] = self.full((self.rows, R, heads), 0, torch.bool)
@@ -276,11 +285,11 @@ class _Builder:
                 attention |= phases(table.movedim(2, 1) != (1.0 if name in ("gain", "scale") else 0.0))
             routes = Routes(**fields)
         if layer in self.heads:
-            table = self.heads[layer]
-            for name, tensor in table.items():
-                if name != "columns" and name != "value":
-                    attention |= phases(tensor != (1.0 if name == "scale" else 0.0))
-            heads = HeadTable(**table)
+            parts = self.heads[layer]
+            for name, table in parts.items():
+                if name not in ("columns", "value"):
+                    attention |= phases(table != (1.0 if name == "scale" else 0.0))
+            heads = HeadTable(**parts)
         active: frozenset[str] = frozenset()
         if layer in self.neurons:
             index = sorted(self.neurons[layer])

@@ -88,11 +88,11 @@ class VEENA:
         """
         if model is not None:
             handle = open_model(model)
-            kind, depth = model.config.model_type, handle.geometry.layers
+            kind, depth = handle.config.model_type, handle.geometry.layers
             if (kind, depth) != (self.circuit.model_type, self.circuit.layers):
                 raise ValueError(
-                    f"the circuit was found in a {self.circuit.model_type!r} model of {self.circuit.layers} layers, this "
-                    f"is {kind!r} with {depth}; find the circuit of this model first"
+                    f"the circuit was found in a {self.circuit.model_type!r} model of {self.circuit.layers} layers, "
+                    f"this is {kind!r} with {depth}; find the circuit of this model first"
                 )
             if not handle.sees:
                 raise ValueError(f"VEENA needs a vision-language model; {kind!r} is text-only")

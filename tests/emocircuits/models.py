@@ -24,7 +24,11 @@ IMAGE, PAD, BOS, EOS, VOCAB = 5, 0, 1, 2, 64
 SIDE, PATCH = 16, 4
 TOKENS = (SIDE // PATCH) ** 2
 
-TEXT = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM), "mistral": (MistralConfig, MistralForCausalLM)}
+TEXT = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+}
 
 
 def text_config(kind: str = "llama", **over: object):
@@ -36,24 +40,58 @@ def text_config(kind: str = "llama", **over: object):
     return TEXT[kind][0](**{**sizes, **over})
 
 
-def build(family: str = "llava", text: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, **over: object):
+def build(
+    family: str = "llava", text: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, **over: object
+):
     """A model in eval mode. ``family`` is llava, llava_next, llava_onevision, or text."""
     torch.manual_seed(seed)
     t = text_config(text, **over)
     if family == "text":
         model = TEXT[text][1](t)
     elif family == "llava_onevision":
-        v = SiglipVisionConfig(hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=SIDE, patch_size=PATCH, vision_use_head=False)
+        v = SiglipVisionConfig(
+            hidden_size=24,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=SIDE,
+            patch_size=PATCH,
+            vision_use_head=False,
+        )
         model = LlavaOnevisionForConditionalGeneration(
-            LlavaOnevisionConfig(vision_config=v, text_config=t, image_token_id=IMAGE, video_token_id=6, vision_feature_layer=-1, vision_feature_select_strategy="full", image_grid_pinpoints=[[SIDE, SIDE], [SIDE, 2 * SIDE], [2 * SIDE, SIDE]])
+            LlavaOnevisionConfig(
+                vision_config=v,
+                text_config=t,
+                image_token_id=IMAGE,
+                video_token_id=6,
+                vision_feature_layer=-1,
+                vision_feature_select_strategy="full",
+                image_grid_pinpoints=[[SIDE, SIDE], [SIDE, 2 * SIDE], [2 * SIDE, SIDE]],
+            )
         )
     else:
-        v = CLIPVisionConfig(hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=SIDE, patch_size=PATCH, projection_dim=24)
+        v = CLIPVisionConfig(
+            hidden_size=24,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=SIDE,
+            patch_size=PATCH,
+            projection_dim=24,
+        )
         if family == "llava":
-            model = LlavaForConditionalGeneration(LlavaConfig(vision_config=v, text_config=t, image_token_id=IMAGE, vision_feature_layer=-1))
+            model = LlavaForConditionalGeneration(
+                LlavaConfig(vision_config=v, text_config=t, image_token_id=IMAGE, vision_feature_layer=-1)
+            )
         else:
             model = LlavaNextForConditionalGeneration(
-                LlavaNextConfig(vision_config=v, text_config=t, image_token_id=IMAGE, vision_feature_layer=-1, image_grid_pinpoints=[[SIDE, SIDE], [SIDE, 2 * SIDE], [2 * SIDE, SIDE]])
+                LlavaNextConfig(
+                    vision_config=v,
+                    text_config=t,
+                    image_token_id=IMAGE,
+                    vision_feature_layer=-1,
+                    image_grid_pinpoints=[[SIDE, SIDE], [SIDE, 2 * SIDE], [2 * SIDE, SIDE]],
+                )
             )
     model = model.to(dtype).eval()
     model.generation_config.eos_token_id = None  # random models stop at random; tests want a fixed length
@@ -66,7 +104,9 @@ def image_features(model, sizes: list[tuple[int, int]]) -> int:
     kind = model.config.model_type
     if kind == "llava":
         return TOKENS
-    out = model.model.get_image_features(pixel_values=_tiles(model, sizes), image_sizes=torch.tensor(sizes), return_dict=True)
+    out = model.model.get_image_features(
+        pixel_values=_tiles(model, sizes), image_sizes=torch.tensor(sizes), return_dict=True
+    )
     return out.pooler_output[0].shape[0]
 
 

@@ -1,4 +1,4 @@
-"""An independent, slow interpretation of a plan: full attention matrices, Python loops, hooks. Shares no code with the package.
+"""An independent, slow interpretation of a plan: full attention matrices, Python loops, hooks; no code of the package.
 
 A whole sequence (prompt and generated tokens) is run at once without a cache, so it also checks prefill + decode.
 """
@@ -66,9 +66,18 @@ def _attention(module, query, key, value, attention_mask, scaling=None, **kwargs
             # factors first, then |s|, then the added bias, each summed over the edits of the plan
             scale, absolute, bias = torch.ones_like(s), torch.zeros_like(s), torch.zeros_like(s)
             for edit in plan:
-                if type(edit).__name__ != "BoostRoute" or (module.layer_idx, head) not in edit.heads or edit.reading == "weight":
+                if (
+                    type(edit).__name__ != "BoostRoute"
+                    or (module.layer_idx, head) not in edit.heads
+                    or edit.reading == "weight"
+                ):
                     continue
-                hit = torch.tensor([[applies(edit, roles[row][i], row) and roles[row][j] in edit.source for j in range(n)] for i in range(n)])
+                hit = torch.tensor(
+                    [
+                        [applies(edit, roles[row][i], row) and roles[row][j] in edit.source for j in range(n)]
+                        for i in range(n)
+                    ]
+                )
                 if edit.reading == "logit-scale":
                     scale[hit] *= edit.by
                 elif edit.reading == "logit-abs":

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from emocircuits import BoostRoute, Circuit, Plan, ScaleHead
 from emocircuits.cli import main
 from emocircuits.embedded import faces
@@ -82,7 +83,7 @@ def test_veena_knows_the_embedded_circuit(capsys, image):
 )
 def test_bad_input_of_veena(capsys, image, circuit, change, message):
     given = {"--image": image, "--event": EVENT, "--circuit": circuit, **change}
-    code, out, err = run(capsys, "veena", *[x for pair in given.items() for x in pair])
+    code, _, err = run(capsys, "veena", *[x for pair in given.items() for x in pair])
     assert code == 2
     assert message in err
     assert err.startswith("emocircuits: ")

@@ -3,8 +3,9 @@
 import models
 import pytest
 import torch
-from emocircuits import VEENA, AddVector, BoostRoute, Circuit, Plan, ReplaceHead, ScaleHead, ScaleNeurons, patch
 from test_patching import snapshot
+
+from emocircuits import VEENA, AddVector, BoostRoute, Circuit, Plan, ReplaceHead, ScaleHead, ScaleNeurons, patch
 
 VISUAL = Plan([BoostRoute([(0, 0)], to="query", source="visual", by=2.0)])
 
@@ -18,12 +19,11 @@ def model():
 
 def refused(model, error, message, plan, use=None, **options):
     before = snapshot(model)
-    with pytest.raises(error, match=message) as caught:
-        with patch(model, plan, **options):
-            if use is None:
-                model(**models.prompt(model, 3, 5))
-            else:
-                use(model)
+    with pytest.raises(error, match=message) as caught, patch(model, plan, **options):
+        if use is None:
+            model(**models.prompt(model, 3, 5))
+        else:
+            use(model)
     assert "\n" not in str(caught.value)
     assert snapshot(model) == before
 
@@ -46,7 +46,7 @@ def test_what_the_model_does_not_have(model, plan, message):
 def test_visual_route_without_an_image(model):
     refused(model, ValueError, "has none.*image", VISUAL, lambda m: m(**models.prompt(m, 3, 5, [])))
     both = [models.prompt(model, 3, 5), models.prompt(model, 3, 5, [])]
-    mixed = {k: v for k, v in models.batch([{k: r[k] for k in ("input_ids", "attention_mask")} for r in both]).items()}
+    mixed = models.batch([{k: r[k] for k in ("input_ids", "attention_mask")} for r in both])
     mixed["pixel_values"] = both[0]["pixel_values"]
     refused(model, ValueError, "batch row 1", VISUAL, lambda m: m(**mixed))
     with patch(model, Plan([BoostRoute([(0, 0)], to="query", source="visual", by=2.0, rows=[0])])):
@@ -62,14 +62,28 @@ def test_visual_plan_on_a_text_only_model():
 
 def test_output_attentions(model):
     inputs = models.prompt(model, 3, 5)
-    refused(model, ValueError, "output_attentions.*attention_weights", VISUAL, lambda m: m(**inputs, output_attentions=True))
-    refused(model, ValueError, "output_attentions", VISUAL, lambda m: m.generate(**inputs, output_attentions=True, return_dict_in_generate=True))
+    refused(
+        model, ValueError, "output_attentions.*attention_weights", VISUAL, lambda m: m(**inputs, output_attentions=True)
+    )
+    refused(
+        model,
+        ValueError,
+        "output_attentions",
+        VISUAL,
+        lambda m: m.generate(**inputs, output_attentions=True, return_dict_in_generate=True),
+    )
 
 
 @pytest.mark.parametrize("options", [{"num_beams": 2}, {"prompt_lookup_num_tokens": 2}, {"prefill_chunk_size": 4}])
 def test_generation_that_a_plan_cannot_follow(model, options):
     inputs = models.prompt(model, 3, 5)
-    refused(model, NotImplementedError, next(iter(options)), VISUAL, lambda m: m.generate(**inputs, max_new_tokens=2, **options))
+    refused(
+        model,
+        NotImplementedError,
+        next(iter(options)),
+        VISUAL,
+        lambda m: m.generate(**inputs, max_new_tokens=2, **options),
+    )
 
 
 def test_beams_from_the_generation_config(model):
@@ -103,25 +117,27 @@ def test_patched_twice_and_compiled(model):
 
 def test_backends(model):
     refused(model, ValueError, "expected one of", VISUAL, backend="quick")
-    refused(model, NotImplementedError, "not available|available here", VISUAL, backend="native")
+    refused(model, NotImplementedError, r"not available|available here", VISUAL, backend="native")
 
 
 def test_filled_cache_from_outside(model):
     inputs = models.prompt(model, 3, 5)
     cache = model(**inputs, use_cache=True).past_key_values
-    refused(model, ValueError, "filled cache", VISUAL, lambda m: m(input_ids=torch.tensor([[9]]), past_key_values=cache))
+    refused(
+        model, ValueError, "filled cache", VISUAL, lambda m: m(input_ids=torch.tensor([[9]]), past_key_values=cache)
+    )
 
 
 def test_what_is_not_a_model_or_a_plan(model):
     with pytest.raises(TypeError, match="expected a Plan"):
         patch(model, [ScaleHead([(0, 0)])])
-    with pytest.raises(TypeError, match="Hugging Face model"):
+    with pytest.raises(TypeError, match=r"Hugging Face model"):
         patch(torch.nn.Linear(2, 2), Plan())
-    with pytest.raises(NotImplementedError, match="supported: llava"):
+    with pytest.raises(NotImplementedError, match=r"supported: llava"):
         from transformers import GPT2Config, GPT2LMHeadModel
 
         patch(GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=16)), Plan())
-    with pytest.raises(NotImplementedError, match="lacks a part"):
+    with pytest.raises(NotImplementedError, match=r"lacks a part"):
         patch(model.model, Plan())
 
 

@@ -4,18 +4,24 @@ import models
 import oracle
 import pytest
 import torch
+from test_patching import everything, generate
+
 from emocircuits import BoostRoute, Plan, patch
 from emocircuits.measure import attention_weights, capture, images_once
-from test_patching import everything, generate
 
 
 def test_attention_weights_equal_eager():
     model = models.build("llava", dtype=torch.float64)
-    inputs = models.batch([models.prompt(model, 3, 5), models.prompt(model, 1, 3, seed=1)])
-    ours = attention_weights(model, inputs, rows=3)
+    rows = [models.prompt(model, 3, 5), models.prompt(model, 1, 3, seed=1)]
+    together = attention_weights(model, models.batch(rows), rows=3)
+    alone = [attention_weights(model, row, rows=3) for row in rows]
     model.set_attn_implementation("eager")
-    theirs = torch.stack(model(**inputs, output_attentions=True).attentions)[:, :, :, -3:]
-    assert torch.allclose(ours.double(), theirs, atol=1e-6)
+    for i, (row, ours) in enumerate(zip(rows, alone, strict=True)):
+        theirs = torch.stack(model(**row, output_attentions=True).attentions)[:, :, :, -3:]
+        assert torch.allclose(ours.double(), theirs, atol=1e-6)
+        keys = row["input_ids"].shape[1]
+        assert torch.allclose(together[:, i : i + 1, ..., -keys:], ours, atol=1e-6)
+        assert not together[:, i, ..., :-keys].any() or keys == together.shape[-1]
 
 
 def test_attention_weights_under_a_plan_are_effective_weights():

@@ -9,11 +9,18 @@ import models
 import oracle
 import pytest
 import torch
+
 from emocircuits import AddVector, BoostRoute, Plan, ReplaceHead, ReplaceVector, ScaleHead, ScaleNeurons, patch
 from emocircuits.roles import prompt_roles
 from emokernels import Role
 
-FAMILIES = [("llava", "llama"), ("llava", "qwen2"), ("llava", "mistral"), ("llava_next", "llama"), ("llava_onevision", "qwen2")]
+FAMILIES = [
+    ("llava", "llama"),
+    ("llava", "qwen2"),
+    ("llava", "mistral"),
+    ("llava_next", "llama"),
+    ("llava_onevision", "qwen2"),
+]
 SUPPRESS = [models.IMAGE, 6, models.PAD]
 STEPS = 4
 
@@ -29,10 +36,14 @@ def everything(rows=None, seed=0):
         [
             BoostRoute([(0, 1), (1, 0), (2, 3)], to=["query", "last"], source="visual", by=1.7, rows=rows),
             BoostRoute([(0, 1), (2, 2)], to="generated", source="visual", by=2.5, rows=rows),
-            BoostRoute([(0, 0), (1, 0)], to="query", source=["visual", "system"], by=1.6, reading="logit-add", rows=rows),
+            BoostRoute(
+                [(0, 0), (1, 0)], to="query", source=["visual", "system"], by=1.6, reading="logit-add", rows=rows
+            ),
             BoostRoute([(1, 2)], to=None, source="visual", by=0.7, reading="logit-scale", rows=rows),
             BoostRoute([(1, 3)], to=["last", "generated"], source="visual", by=0.4, reading="logit-abs", rows=rows),
-            BoostRoute([(2, 0)], to="generated", source="visual", by=0.0, reading="logit-add", phase="decode", rows=rows),
+            BoostRoute(
+                [(2, 0)], to="generated", source="visual", by=0.0, reading="logit-add", phase="decode", rows=rows
+            ),
             ScaleHead([(0, 2), (2, 1)], by=0.3, to=["query", "generated"], rows=rows),
             ReplaceHead([(1, 1), (2, 1)], value=torch.stack([vector(8), vector(8)]), to="last", rows=rows),
             ScaleNeurons({0: [3, 7], 2: [11, 40, 2]}, by=1.8, rows=rows),
@@ -56,7 +67,7 @@ def prompts(model):
 
 
 def generate(model, inputs, **options):
-    """Greedy tokens ``[B, T]`` and the logits ``[B, T, V]`` they came from (as computed: generate() rounds its copy)."""
+    """Greedy tokens ``[B, T]`` and the logits ``[B, T, V]`` they came from, as computed (generate() rounds)."""
     steps = []
     hook = model.lm_head.register_forward_hook(lambda m, a, out: steps.append(out[:, -1]))
     try:
@@ -86,7 +97,9 @@ def check(model, inputs, plan, tolerance=1e-9, **options):
         expected = full[:, n - 1 :]
         assert (steps - expected).abs().max() <= tolerance * scale
     plain = forward(model, inputs)
-    assert (plain[real] - prefill[real]).abs().max() > 1e-3 * scale, "the plan changed nothing: the test would not notice"
+    assert (plain[real] - prefill[real]).abs().max() > 1e-3 * scale, (
+        "the plan changed nothing: the test would not notice"
+    )
 
 
 @pytest.mark.parametrize(("family", "text"), FAMILIES)
@@ -182,7 +195,10 @@ def test_empty_plan_is_bit_identical(family, text, implementation):
     inputs = models.prompt(model, 3, 5, [] if family == "text" else None)
     tokens, logits = generate(model, inputs)
     expected = model(**inputs).logits
-    for plan in (Plan(), Plan([BoostRoute([(0, 0)], to="query", by=1.0, source="query"), ScaleNeurons({1: [3]}, by=1.0)])):
+    for plan in (
+        Plan(),
+        Plan([BoostRoute([(0, 0)], to="query", by=1.0, source="query"), ScaleNeurons({1: [3]}, by=1.0)]),
+    ):
         with patch(model, plan):
             patched_tokens, patched_logits = generate(model, inputs)
             assert torch.equal(model(**inputs).logits, expected)
@@ -192,10 +208,17 @@ def test_empty_plan_is_bit_identical(family, text, implementation):
 
 def snapshot(model):
     """Everything of a model that patch() could leave changed."""
-    weights = {k: hashlib.sha256(v.detach().cpu().view(torch.uint8).numpy().tobytes()).hexdigest() for k, v in model.state_dict().items()}
-    configs = [json.dumps(m.config.to_dict(), sort_keys=True, default=str) for m in model.modules() if hasattr(m, "config")]
+    weights = {
+        k: hashlib.sha256(v.detach().cpu().view(torch.uint8).numpy().tobytes()).hexdigest()
+        for k, v in model.state_dict().items()
+    }
+    configs = [
+        json.dumps(m.config.to_dict(), sort_keys=True, default=str) for m in model.modules() if hasattr(m, "config")
+    ]
     implementations = [m.config._attn_implementation for m in model.modules() if hasattr(m, "config")]
-    modules = [(n, sorted(m.__dict__), len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in model.named_modules()]
+    modules = [
+        (n, sorted(m.__dict__), len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in model.named_modules()
+    ]
     return weights, configs, implementations, modules
 
 

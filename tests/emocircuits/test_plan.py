@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+
 from emocircuits import VEENA, AddVector, BoostRoute, Circuit, Plan, ReplaceHead, ReplaceVector, ScaleHead, ScaleNeurons
 from emokernels import Role
 
@@ -31,7 +32,10 @@ def test_json_round_trip_is_exact():
 
 def test_digest_is_stable_and_sees_every_field():
     assert Plan([ScaleHead([(0, 1)], by=2.0)]).digest() == Plan([ScaleHead(heads=((0, 1),), by=2)]).digest()
-    digests = {Plan([ScaleHead([(0, 1)], **o)]).digest() for o in ({}, {"by": 2.0}, {"to": "last"}, {"rows": [1]}, {"phase": "decode"})}
+    digests = {
+        Plan([ScaleHead([(0, 1)], **o)]).digest()
+        for o in ({}, {"by": 2.0}, {"to": "last"}, {"rows": [1]}, {"phase": "decode"})
+    }
     assert len(digests) == 5
 
 
@@ -109,7 +113,15 @@ def test_bad_edits_are_refused(make, message):
 
 
 def test_circuit_round_trip_and_veena(tmp_path):
-    circuit = Circuit("llava", 6, 3, heads=[(2, 1), (4, 0), (3, 3)], neurons=[(4, 7), (2, 9), (4, 1)], head_effects=[3, 2, 1], settings={"seed": 0})
+    circuit = Circuit(
+        "llava",
+        6,
+        3,
+        heads=[(2, 1), (4, 0), (3, 3)],
+        neurons=[(4, 7), (2, 9), (4, 1)],
+        head_effects=[3, 2, 1],
+        settings={"seed": 0},
+    )
     assert Circuit.load(circuit.save(tmp_path / "c.json")) == circuit
     plan = VEENA(circuit, beta=1.4, gamma=1.6, neurons=2).plan()
     assert plan == Plan(

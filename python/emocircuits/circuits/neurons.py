@@ -16,7 +16,7 @@ class Neuron(NamedTuple):
     """One neuron: where it is, its score, its top words and how many of them are emotion words."""
 
     layer: int
-    index: int
+    neuron: int
     score: float
     words: tuple[str, ...]
     emotion_words: int
@@ -26,18 +26,19 @@ class Neuron(NamedTuple):
 def vocabulary_projection(model: nn.Module, layer: int) -> Tensor:
     """``[V, I]`` logits that one unit of each neuron writes: ``W_U . diag(final norm gain) . W_down`` (direct path)."""
     handle = open_model(model)
-    unembed, gain = handle.unembed.weight.float(), handle.norm.weight.float()
-    return (unembed * gain) @ handle.down_projections[layer].weight.float()
+    unembed, gain = handle.weight(handle.unembed), handle.weight(handle.norm)
+    return (unembed * gain) @ handle.weight(handle.down_projections[layer])
 
 
 @torch.no_grad()
 def explicit_state_neurons(
-    model: nn.Module, plus: Tensor, minus: Tensor, direction: Tensor, vocabulary: Sequence[str], emotion_words: set[str], *,
+    model: nn.Module, plus: Tensor, minus: Tensor, direction: Tensor, vocabulary: Sequence[str],
+    emotion_words: set[str], *,
     top: int = 20, level: float = 0.01,
 ) -> tuple[list[Neuron], int]:  # fmt: skip
     """Rank neurons by ``(a+ - a-) * <W_down[:, i], S / |S|>`` and keep those that spell emotion words.
 
-    A neuron is an explicit-state neuron when at least k of its ``top`` projected tokens are emotion words. The paper's k
+    A neuron is an explicit-state neuron when at least k of its ``top`` projected tokens are emotion words. Their k
     suits a large vocabulary; here k is the smallest count that chance (the share of emotion words in the vocabulary)
     reaches with probability below ``level``.
 
@@ -59,7 +60,7 @@ def explicit_state_neurons(
     found = []
     for layer in range(handle.geometry.layers):
         unit = direction[layer] / direction[layer].norm(dim=-1, keepdim=True)
-        write = unit.float() @ handle.down_projections[layer].weight.float()
+        write = unit.float() @ handle.weight(handle.down_projections[layer])
         score = ((plus[layer] - minus[layer]).float() * write).mean(0)
         # A neuron that works by falling silent spells what it suppresses; its sign decides which end to read.
         sign = (plus[layer] - minus[layer]).float().mean(0).sign()

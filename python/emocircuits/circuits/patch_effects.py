@@ -50,7 +50,9 @@ def head_effects(
         top = run(clean)
     base = run(corrupt)
     if abs(top - base) < 1e-6:
-        raise ValueError(f"the metric is {top:.4g} on the clean and on the corrupted run; patching has nothing to restore")
+        raise ValueError(
+            f"the metric is {top:.4g} on the clean and on the corrupted run; patching has nothing to restore"
+        )
 
     def restored(layer: int, heads: Iterable[int]) -> float:
         heads = list(heads)
@@ -73,19 +75,25 @@ def head_effects(
 
 def ranked(effects: np.ndarray) -> list[tuple[int, int]]:
     """(layer, head) pairs, largest effect first."""
-    return [(int(i // effects.shape[1]), int(i % effects.shape[1])) for i in np.argsort(-effects, axis=None, kind="stable")]
+    return [
+        (int(i // effects.shape[1]), int(i % effects.shape[1])) for i in np.argsort(-effects, axis=None, kind="stable")
+    ]
 
 
 def random_like(heads: Sequence[tuple[int, int]], count: int, rng: np.random.Generator) -> list[tuple[int, int]]:
-    """As many random members of each layer as ``heads`` has there, out of ``count`` a layer, avoiding ``heads``.
+    """A random control for ``heads``: as many members of each of its layers, out of ``count`` a layer.
 
-    Where a layer has too few others, the rest is drawn from ``heads`` itself, so that layers and numbers match.
+    Every set of that shape is equally likely, except ``heads`` itself, so a draw may share members with it.
+
+    Raises:
+        ValueError: ``heads`` takes all members of its layers, so that no other set exists.
     """
-    drawn: list[tuple[int, int]] = []
-    for layer in sorted({a for a, _ in heads}):
-        own = [i for a, i in heads if a == layer]
-        others = np.setdiff1d(np.arange(count), own)
-        chosen = list(rng.choice(others, min(len(own), len(others)), replace=False))
-        chosen += list(rng.choice(own, len(own) - len(chosen), replace=False))
-        drawn += [(layer, int(i)) for i in chosen]
-    return drawn
+    sizes = {layer: sum(a == layer for a, _ in heads) for layer in sorted({a for a, _ in heads})}
+    if heads and all(n == count for n in sizes.values()):
+        raise ValueError(
+            f"all {count} members of layers {list(sizes)} are chosen; no random set of the same shape is left"
+        )
+    while True:
+        drawn = [(layer, int(i)) for layer, n in sizes.items() for i in rng.choice(count, n, replace=False)]
+        if not heads or set(drawn) != set(heads):
+            return drawn

@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dc.dataclass(frozen=True)
 class SteeringVectors:
-    """``vectors [E, L, d_model]`` float32: mean of resid_post(X+) - resid_post(X-) at the last prompt token, by emotion.
+    """``vectors [E, L, d_model]`` float32: mean resid_post(X+) - resid_post(X-) at the last prompt token.
 
     ``kept`` and ``total`` count pairs per emotion before and after the hit-rate filter.
     """
@@ -27,7 +27,9 @@ class SteeringVectors:
         return self.vectors[self.emotions.index(emotion)]
 
 
-def steering_vectors(plus: Tensor, minus: Tensor, emotions: Sequence[str], hits: Sequence[float], *, tau: float = 0.5) -> SteeringVectors:
+def steering_vectors(
+    plus: Tensor, minus: Tensor, emotions: Sequence[str], hits: Sequence[float], *, tau: float = 0.5
+) -> SteeringVectors:
     """Average the residual differences of pairs whose emotional side the model reads correctly.
 
     Args:
@@ -48,7 +50,7 @@ def steering_vectors(plus: Tensor, minus: Tensor, emotions: Sequence[str], hits:
         chosen = np.flatnonzero((label == name) & keep)
         if len(chosen) < 2:
             raise ValueError(
-                f"emotion {name!r} keeps {len(chosen)} of {(label == name).sum()} pairs at tau={tau}; at least 2 are needed: "
+                f"emotion {name!r} keeps {len(chosen)} of {(label == name).sum()} pairs at tau={tau}; it needs 2: "
                 "give more pairs, or lower tau"
             )
         vectors.append(difference[:, torch.as_tensor(chosen)].mean(1))

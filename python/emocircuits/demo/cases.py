@@ -93,7 +93,10 @@ class Prompts:
         for start in range(0, len(cases), size):
             chosen = self.order[start : start + size]
             inputs = processor(
-                images=[cases[i].image for i in chosen], text=[texts[i] for i in chosen], padding=True, return_tensors="pt"
+                images=[cases[i].image for i in chosen],
+                text=[texts[i] for i in chosen],
+                padding=True,
+                return_tensors="pt",
             )
             self.batches.append({k: inputs[k] for k in ("input_ids", "attention_mask", "pixel_values")})
 
@@ -116,7 +119,7 @@ def answers(model: nn.Module, processor: Any, prompts: Prompts, *, tokens: int =
 
 @dc.dataclass(frozen=True)
 class Scores:
-    """What was said: ``hit [n]`` the face's own emotion is named; ``prior [n]`` the event's emotion is named first instead."""
+    """What was said: ``hit [n]`` the face's own emotion is named; ``prior [n]`` the event's is named first."""
 
     texts: list[str]
     hit: np.ndarray

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses as dc
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,9 +13,10 @@ from tqdm.auto import tqdm
 
 from emocircuits.circuit import Circuit
 from emocircuits.demo.cases import WEAK, Prompts, Scores, agreeing, answers, contradicting, neutral
+from emocircuits.edits import Reading
 from emocircuits.patching import patch
 from emocircuits.plan import Plan
-from emocircuits.veena import VEENA
+from emocircuits.veena import VEENA, Where
 
 BETAS = (1.5, 2.0, 3.0, 4.0)
 HEADS = (4, 8, 12)
@@ -51,18 +53,26 @@ class Bench:
     def __init__(self, model: nn.Module, processor: Any, people: Sequence[int], seed: int) -> None:
         self.model, self.processor = model, processor
         weak = contradicting(people, WEAK, seed)
-        rest = [agreeing(people[::3], WEAK, seed + 1), neutral(people[::3], seed + 2), contradicting(people[::2], [1.0], seed + 3)]
+        rest = [
+            agreeing(people[::3], WEAK, seed + 1),
+            neutral(people[::3], seed + 2),
+            contradicting(people[::2], [1.0], seed + 3),
+        ]
         self.cases = weak + [c for part in rest for c in part]
         bounds = np.cumsum([0, len(weak), *map(len, rest)])
-        self.parts = [slice(a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+        self.parts = [slice(a, b) for a, b in itertools.pairwise(bounds)]
         self.prompts = Prompts(self.cases, processor, size=300)
 
     def try_plan(self, plan: Plan) -> tuple[float, float, float]:
-        """(hit and prior rate on weak contradicted faces, mean hit rate of agreeing, neutral and full-intensity faces)."""
+        """(hit, prior) on weak contradicted faces, and the mean hit rate where a boost can only cost."""
         with patch(self.model, plan):
             scores = Scores.of(self.cases, answers(self.model, self.processor, self.prompts, tokens=12))
         weak, *rest = self.parts
-        return float(scores.hit[weak].mean()), float(scores.prior[weak].mean()), float(np.mean([scores.hit[p].mean() for p in rest]))
+        return (
+            float(scores.hit[weak].mean()),
+            float(scores.prior[weak].mean()),
+            float(np.mean([scores.hit[p].mean() for p in rest])),
+        )
 
     def trial(self, veena: VEENA) -> Trial:
         """Score one setting."""
@@ -92,14 +102,19 @@ def choose(
     reported is VEENA even where the model left alone would have scored higher.
     """
     bench = Bench(model, processor, people, seed)
+    places: tuple[tuple[Where, bool], ...] = (("split", False), ("both", False), ("both", True), ("decode", False))
+    others: tuple[tuple[Reading, tuple[float, ...]], ...] = (
+        ("logit-add", (2.0, 4.0, 16.0)),
+        ("logit-scale", (1.5, 3.0)),
+    )
     vee_grid = [
         VEENA(circuit, beta=beta, gamma=1.0, heads=n, reading="weight", where=where, last=last)
-        for where, last in (("split", False), ("both", False), ("both", True), ("decode", False))
+        for where, last in places
         for n in HEADS
         for beta in BETAS
     ] + [
         VEENA(circuit, beta=beta, gamma=1.0, heads=n, reading=reading, where="both", last=True)
-        for reading, betas in (("logit-add", (2.0, 4.0, 16.0)), ("logit-scale", (1.5, 3.0)))
+        for reading, betas in others
         for n in HEADS[1:]
         for beta in betas
     ]

@@ -62,4 +62,6 @@ def overhead(
     low, high = np.percentile(medians, [2.5, 97.5])
     batch = inputs["input_ids"].shape[0]
     without, with_plan = np.median(times, axis=0)
-    return Overhead(float(without), float(with_plan), float(np.median(ratios)), float(low), float(high), tokens, batch, pairs)
+    return Overhead(
+        float(without), float(with_plan), float(np.median(ratios)), float(low), float(high), tokens, batch, pairs
+    )

@@ -62,11 +62,18 @@ class Verdict:
 
 
 def judge(
-    model: nn.Module, processor: Any, chosen: Chosen, people: Sequence[int], *, draws: int = DRAWS, seed: int = 200, progress: bool = True
+    model: nn.Module,
+    processor: Any,
+    chosen: Chosen,
+    people: Sequence[int],
+    *,
+    draws: int = DRAWS,
+    seed: int = 200,
+    progress: bool = True,
 ) -> Verdict:
     """Measure the untouched model, VEENA, VEE alone and ENA alone, and ``draws`` random controls of each.
 
-    A control has the same settings and as many heads (neurons) of the same layers, drawn at random outside the circuit.
+    A control has the same settings and as many heads (neurons) of the same layers, drawn at random.
     """
     cases = {
         "contradicting": contradicting(people, LEVELS, seed),

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from emokernels import Role
 from torch import Tensor, nn
 
 from emocircuits.circuit import Circuit
@@ -22,6 +21,7 @@ from emocircuits.measure import capture
 from emocircuits.patching import patch
 from emocircuits.plan import Plan
 from emocircuits.roles import prompt_roles
+from emokernels import Role
 
 ANSWER = " i feel"
 """Beginning of an answer: the row after it emits the emotion word. Its tokens have the role GENERATED."""
@@ -92,7 +92,7 @@ def localize(
     plus, minus = (Prompts(c, processor, size=len(pairs)) for c in (pairs, twins))
     in_order = [pairs[i] for i in plus.order]
     emotions = [c.emotion for c in in_order]
-    hits = Scores.of(pairs, answers(model, processor, plus)).hit[plus.order]
+    hits = Scores.of(pairs, answers(model, processor, plus)).hit[plus.order].tolist()
 
     # Stage I: residuals at the last prompt token.
     states = []
@@ -126,10 +126,10 @@ def localize(
         layers=geometry.layers,
         l_emo=l_emo,
         heads=tuple(order[:12]),
-        neurons=tuple((n.layer, n.index) for n in neurons[:30]),
+        neurons=tuple((n.layer, n.neuron) for n in neurons[:30]),
         head_effects=tuple(float(effects[h]) for h in order[:12]),
         settings={
-            "head_effect": "share of the clean-corrupt gap of logit P(emotion word) restored by patching z on text rows",
+            "head_effect": "share of the gap of logit P(emotion word) restored by patching z on text rows",
             "pairs": len(pairs),
             "kept": dict(zip(steering.emotions, steering.kept, strict=True)),
             "alpha": alpha,
@@ -142,9 +142,15 @@ def localize(
 
 
 def _injection(
-    model: nn.Module, neutral: dict[str, Tensor], roles: Tensor, direction: Tensor, metric: EmotionLogit, alpha: float, seed: int
+    model: nn.Module,
+    neutral: dict[str, Tensor],
+    roles: Tensor,
+    direction: Tensor,
+    metric: EmotionLogit,
+    alpha: float,
+    seed: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """P(emotion word) ``[L]`` on neutral faces with the steering vector injected at each layer, and with a random one."""
+    """P(emotion word) ``[L]`` on neutral faces with the steering vector at each layer, and with a random one."""
     generator = torch.Generator().manual_seed(seed)
     out = np.zeros((2, direction.shape[0]))
     rows = range(direction.shape[1])

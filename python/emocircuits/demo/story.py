@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from emokernels import Role
 from torch import nn
 
 from emocircuits.demo.cases import FIRST, WEAK, Case, Prompts, answers, identities
@@ -20,14 +19,16 @@ from emocircuits.environment import provenance
 from emocircuits.fingerprint import fingerprint
 from emocircuits.loading import load_model
 from emocircuits.measure import attention_weights, images_once
-from emocircuits.patching import patch
 from emocircuits.plan import Plan
+from emokernels import Role
 
 PEOPLE = {"rank": 20, "choose": 12, "report": 40}
 """Identities of each part."""
 
 
-def tell(*, seed: int = 0, people: dict[str, int] | None = None, progress: bool = True, say: Any = print) -> dict[str, Any]:
+def tell(
+    *, seed: int = 0, people: dict[str, int] | None = None, progress: bool = True, say: Any = print
+) -> dict[str, Any]:
     """Run the demo and return its result as one JSON-ready object (``docs/demo.md`` describes the fields).
 
     Args:
@@ -138,7 +139,8 @@ def _result(
         },
         "by_intensity": {v: verdict.by_intensity(v) for v in VARIANTS},
         "chosen": {
-            name: {f.name: getattr(v, f.name) for f in dc.fields(v) if f.name != "circuit"} for name, v in settings.items()
+            name: {f.name: getattr(v, f.name) for f in dc.fields(v) if f.name != "circuit"}
+            for name, v in settings.items()
         },
         "choosing": {
             "baseline": chosen.baseline.row(),

@@ -35,7 +35,8 @@ def text(result: dict[str, Any]) -> str:
         key = "random_controls" if variant == "veena" else f"random_controls_{variant}"
         a, b = np.array(hit[key]), np.array(prior[key])
         lines.append(
-            f"  {NAMES[variant]:16} {hit[variant]:9.3f} {f'{a.mean():.3f} (max {a.max():.3f})':>18} {prior[variant]:15.3f} "
+            f"  {NAMES[variant]:16} {hit[variant]:9.3f} {f'{a.mean():.3f} (max {a.max():.3f})':>18} "
+            f"{prior[variant]:15.3f} "
             f"{f'{b.mean():.3f} (min {b.min():.3f})':>18}  {verdict(result, variant)}"
         )
     c = result["comparisons"]["veena"]["hit"]
@@ -49,15 +50,18 @@ def text(result: dict[str, Any]) -> str:
     for key, name in SITUATIONS.items():
         c = result["cost"][key]
         lines.append(
-            f"  {name:28} {c['baseline']:.3f} -> {c['treated']:.3f}  {c['difference']:+.3f} [{c['low']:+.3f}, {c['high']:+.3f}]"
+            f"  {name:28} {c['baseline']:.3f} -> {c['treated']:.3f}  "
+            f"{c['difference']:+.3f} [{c['low']:+.3f}, {c['high']:+.3f}]"
             f"  n = {n[key]}"
         )
     o, v = result["overhead"], result["chosen"]["veena"]
     lines += [
-        f"  time per token               {o['without'] / o['tokens'] * 1e3:.2f} -> {o['with_plan'] / o['tokens'] * 1e3:.2f} ms"
+        f"  time per token               {o['without'] / o['tokens'] * 1e3:.2f} -> "
+        f"{o['with_plan'] / o['tokens'] * 1e3:.2f} ms"
         f"  ratio {o['ratio']:.3f} [{o['low']:.3f}, {o['high']:.3f}]  batch {o['batch']}, SDPA without",
         "",
-        f"Chosen: {v['heads']} heads, beta {v['beta']:g} ({v['reading']}, {v['where']}{', last row too' if v['last'] else ''}), "
+        f"Chosen: {v['heads']} heads, beta {v['beta']:g} ({v['reading']}, {v['where']}"
+        f"{', last row too' if v['last'] else ''}), "
         f"{v['neurons']} neurons, gamma {v['gamma']:g} ({v['ena_phase']})",
         f"Model restored bit for bit: {result['restored_bitwise']}",
         "",
@@ -65,7 +69,8 @@ def text(result: dict[str, Any]) -> str:
     for row in result["sentences"]:
         case = row["case"]
         lines += [
-            f"  {case['emotion']} face at {case['intensity']:g}, event suggests {case['suggests']}: {case['event']}  [{row['outcome']}]",
+            f"  {case['emotion']} face at {case['intensity']:g}, event suggests {case['suggests']}: "
+            f"{case['event']}  [{row['outcome']}]",
             f"    without: {row['before']}",
             f"    with:    {row['after']}",
         ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses as dc
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 @dc.dataclass(frozen=True)
@@ -74,9 +74,21 @@ class Handle:
         )
 
     @property
+    def config(self) -> Any:
+        """The model's config."""
+        return self.model.config
+
+    @property
     def text_config(self) -> Any:
         """The text decoder's own config (attention implementation, sizes)."""
         return self.text.config
+
+    @staticmethod
+    def weight(module: nn.Module) -> Tensor:
+        """The weight of a linear layer or a norm in float32, detached."""
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        return weight.detach().float()
 
     @property
     def sees(self) -> bool:
@@ -85,6 +97,5 @@ class Handle:
 
     def placeholder_ids(self) -> tuple[int, ...]:
         """Token ids that stand for visual features in ``input_ids``."""
-        config: Any = self.model.config
-        ids = (getattr(config, name, None) for name in self.family.placeholders)
+        ids = (getattr(self.config, name, None) for name in self.family.placeholders)
         return tuple(sorted({int(i) for i in ids if i is not None}))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from emokernels.attention import run as run_attention
 from torch import Tensor, nn
 
 from emocircuits.patching import Tapped, patch
 from emocircuits.plan import Plan
+from emokernels.attention import run as run_attention
 
 
 @torch.no_grad()

@@ -51,7 +51,9 @@ def capture(
         if "z" in parts:
             hooks.append(handle.output_projections[i].register_forward_pre_hook(lambda m, a, i=i: save("z", i, a[0])))
         if "neurons" in parts:
-            hooks.append(handle.down_projections[i].register_forward_pre_hook(lambda m, a, i=i: save("neurons", i, a[0])))
+            hooks.append(
+                handle.down_projections[i].register_forward_pre_hook(lambda m, a, i=i: save("neurons", i, a[0]))
+            )
         if "resid_pre" in parts:
             hooks.append(
                 handle.layers[i].register_forward_pre_hook(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,15 +21,20 @@ def images_once(model: nn.Module) -> Iterator[None]:
     """
     backbone: Any = open_model(model).backbone
     encode = backbone.get_image_features
-    known: dict[tuple[Any, ...], tuple[Tensor, Any]] = {}
+    known: dict[tuple[Any, ...], tuple[list[Tensor], Any]] = {}
 
-    def remembered(pixel_values: Tensor, **options: Any) -> Any:
-        plain = tuple(sorted((k, v) for k, v in options.items() if not isinstance(v, Tensor)))
-        tensors = tuple((k, v.data_ptr(), v._version) for k, v in options.items() if isinstance(v, Tensor))
-        key = (pixel_values.data_ptr(), pixel_values._version, tuple(pixel_values.shape), repr(plain), tensors)
+    # generate() reads the signature to see which of its inputs the encoder takes.
+    @functools.wraps(encode)
+    def remembered(*args: Any, **options: Any) -> Any:
+        given = [*enumerate(args), *sorted(options.items())]
+        tensors = [v for _, v in given if isinstance(v, Tensor)]
+        key = tuple(
+            (name, v.data_ptr(), v._version, tuple(v.shape)) if isinstance(v, Tensor) else (name, repr(v))
+            for name, v in given
+        )
         if key not in known:
-            # The tensor is kept too, so that its address cannot be given to another one.
-            known[key] = (pixel_values, encode(pixel_values=pixel_values, **options))
+            # The tensors are kept too, so that their addresses cannot be given to others.
+            known[key] = (tensors, encode(*args, **options))
         return known[key][1]
 
     own = backbone.__dict__.get("get_image_features")

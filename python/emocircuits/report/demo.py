@@ -68,12 +68,14 @@ def controls(result: dict[str, Any]) -> go.Figure:
     for variant in ("veena", "vee", "ena"):
         draws = result["hit_rate"]["random_controls" if variant == "veena" else f"random_controls_{variant}"]
         figure.add_scatter(
-            x=draws, y=[NAMES[variant]] * len(draws), mode="markers", name="random, same layers", showlegend=variant == "veena",
+            x=draws, y=[NAMES[variant]] * len(draws), mode="markers", name="random, same layers",
+            showlegend=variant == "veena",
             marker=dict(color=COLOURS["random"], size=9, symbol="circle-open", line=dict(width=2)),
             hovertemplate="random draw %{x:.3f}<extra></extra>",
         )  # fmt: skip
         figure.add_scatter(
-            x=[result["hit_rate"][variant]], y=[NAMES[variant]], mode="markers", name="the circuit", showlegend=variant == "veena",
+            x=[result["hit_rate"][variant]], y=[NAMES[variant]], mode="markers", name="the circuit",
+            showlegend=variant == "veena",
             marker=dict(color=COLOURS["veena"], size=13), hovertemplate=f"{NAMES[variant]} %{{x:.3f}}<extra></extra>",
         )  # fmt: skip
     base = result["hit_rate"]["baseline"]
@@ -112,7 +114,8 @@ def dose(result: dict[str, Any]) -> go.Figure:
     ):
         figure.add_scatter(
             x=[r["beta"] for r in rows], y=[r[key] for r in rows], mode="lines+markers", name=name,
-            line=dict(color=colour, dash=dash, width=2.5), hovertemplate="beta %{x}: %{y:.3f}<extra>" + name + "</extra>",
+            line=dict(color=colour, dash=dash, width=2.5),
+            hovertemplate="beta %{x}: %{y:.3f}<extra>" + name + "</extra>",
         )  # fmt: skip
     figure.update_xaxes(title="beta")
     figure.update_yaxes(title="share of answers", range=[0, 1])

@@ -15,7 +15,8 @@ COLOURS = {"baseline": "#6b7280", "veena": "#c2410c", "vee": "#b45309", "ena": "
 def style(figure: go.Figure, height: int = 340, **layout: Any) -> go.Figure:
     """Common look: no chart junk, readable on a phone."""
     figure.update_layout(
-        template="simple_white", height=height, margin=dict(l=48, r=12, t=12, b=44), font=dict(family="inherit", size=13),
+        template="simple_white", height=height, margin=dict(l=48, r=12, t=12, b=44),
+        font=dict(family="inherit", size=13),
         legend=dict(orientation="h", y=1.12, x=0), hoverlabel=dict(font_size=13), **layout,
     )  # fmt: skip
     return figure
@@ -27,7 +28,9 @@ def fragment(figure: go.Figure) -> str:
     return str(figure.to_html(full_html=False, include_plotlyjs=False, config=config))
 
 
-def heatmap(values: Sequence[Sequence[float]], marked: Sequence[tuple[int, int]], *, title: str, height: int = 320) -> go.Figure:
+def heatmap(
+    values: Sequence[Sequence[float]], marked: Sequence[tuple[int, int]], *, title: str, height: int = 320
+) -> go.Figure:
     """Layer by head, diverging around zero; ``marked`` cells carry a ring."""
     z = np.asarray(values)
     limit = float(np.abs(z).max()) or 1.0

@@ -26,12 +26,14 @@ class Comparison(NamedTuple):
     p_value: float
 
 
-def compare(baseline: ArrayLike, treated: ArrayLike, groups: ArrayLike, *, seed: int = 0, resamples: int = 2000) -> Comparison:
+def compare(
+    baseline: ArrayLike, treated: ArrayLike, groups: ArrayLike, *, seed: int = 0, resamples: int = 2000
+) -> Comparison:
     """Compare two 0/1 outcomes on the same items.
 
     Args:
         baseline, treated: ``[n]`` outcomes of each item in each condition.
-        groups: ``[n]`` what items have in common (an identity): resampled as a whole, since its items are not independent.
+        groups: ``[n]`` what items have in common (an identity), resampled as a whole: its items depend on each other.
         seed: of the bootstrap.
         resamples: of the bootstrap.
 
@@ -40,7 +42,9 @@ def compare(baseline: ArrayLike, treated: ArrayLike, groups: ArrayLike, *, seed:
     """
     a, b, g = np.asarray(baseline, bool), np.asarray(treated, bool), np.asarray(groups)
     if not len(a) or not len(a) == len(b) == len(g):
-        raise ValueError(f"baseline, treated and groups have lengths {len(a)}, {len(b)}, {len(g)}: expected equal and > 0")
+        raise ValueError(
+            f"baseline, treated and groups have lengths {len(a)}, {len(b)}, {len(g)}: expected equal and > 0"
+        )
     gained, lost = int((b & ~a).sum()), int((a & ~b).sum())
     p = float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
     change = b.astype(float) - a

@@ -1,0 +1,59 @@
+"""What VEENA costs a generation of the embedded model: with / without, in one run, pair by pair.
+
+    python bench/generation.py [--check] [--json FILE]
+
+The untouched model runs on SDPA, as transformers sets it up. Exit code 1 with --check when a ratio exceeds 1.05.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import torch
+
+from emocircuits import VEENA, Circuit, embedded
+from emocircuits.demo.cases import FIRST, WEAK, Prompts, contradicting
+from emocircuits.demo.cost import overhead
+from emocircuits.environment import provenance
+from emocircuits.files import write_json
+from emocircuits.loading import load_model
+
+LIMIT = 1.05
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32], help="batch sizes (default 1 8 32)")
+    parser.add_argument("--pairs", type=int, default=21, help="timed pairs (default 21)")
+    parser.add_argument("--tokens", type=int, default=32, help="generated tokens (default 32)")
+    parser.add_argument("--check", action="store_true", help=f"exit with 1 when a ratio exceeds {LIMIT}")
+    parser.add_argument("--json", metavar="FILE", help="write the results there")
+    args = parser.parse_args()
+    model, processor = load_model("embedded", device="cpu")
+    circuit = Circuit.load(embedded.PATH / "circuit.json")
+    plan = VEENA(circuit, **circuit.settings["veena"]).plan(model)
+    rows = []
+    print(f"VEENA on the embedded model, {torch.get_num_threads()} threads, {args.tokens} tokens, {args.pairs} pairs")
+    print(f"{'batch':>6} {'without':>12} {'with':>12} {'ratio':>7}  95 % interval")
+    for batch in args.batches:
+        cases = contradicting(range(FIRST, FIRST + 4), WEAK, seed=1)[:batch]
+        o = overhead(model, Prompts(cases, processor).batches[0], plan, tokens=args.tokens, pairs=args.pairs)
+        rows.append(o._asdict())
+        print(
+            f"{batch:>6} {o.without / o.tokens * 1e3:>9.2f} ms {o.with_plan / o.tokens * 1e3:>9.2f} ms "
+            f"{o.ratio:>7.3f}  [{o.low:.3f}, {o.high:.3f}]"
+        )
+    if args.json:
+        write_json(
+            args.json, {"bench": "generation", "command": "python bench/generation.py", "rows": rows, **provenance()}
+        )
+    worst = max(r["ratio"] for r in rows)
+    if args.check and worst > LIMIT:
+        print(f"the ratio {worst:.3f} exceeds {LIMIT}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
