@@ -63,12 +63,14 @@ def attention(
 
     Args:
         q: ``[B, H, N, D]`` float32, float64, bfloat16 or float16, any strides.
-        k, v: ``[B, Hkv, K, D]`` like q, with H a multiple of Hkv.
+        k: ``[B, Hkv, K, D]`` like q, with H a multiple of Hkv.
+        v: like k.
         roles: ``[B|1, K]`` uint8, the Role of every key. Needed with routes.
         query_roles: ``[B|1, N]`` uint8; by default the roles of the last N keys.
         routes: tables ``[B|1, H, R, R]``, differentiable. None changes nothing.
         heads: edits of z. None changes nothing.
-        mask: ``[B|1, 1|H, N, K]``, bool (True = attend) or additive float. Additive values of -inf or the dtype's lowest
+        mask: ``[B|1, 1|H, N, K]``, bool (True = attend) or additive float. Additive values of -inf or the dtype's
+        lowest
             finite number mask. Applies together with `causal` and `window`; not differentiable.
         causal: query i sees keys ``j <= i + K - N`` (bottom-right aligned; needs N <= K).
         scale: multiplies the logits; by default ``D ** -0.5``.

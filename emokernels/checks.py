@@ -67,7 +67,9 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         layout = "[B, H, N, D]" if name == "q" else "[B, Hkv, K, D]"
         require_tensor(name, tensor, f"Pass a tensor of shape {layout}.")
         if tensor.dim() != 4 or 0 in tensor.shape:
-            raise ValueError(message(name, f"4 non-empty dimensions {layout}", tensor, "Split heads with view and transpose."))
+            raise ValueError(
+                message(name, f"4 non-empty dimensions {layout}", tensor, "Split heads with view and transpose.")
+            )
         if tensor.dtype not in FLOATS:
             raise TypeError(message(name, "float32, bfloat16, float16 or float64", tensor, "Convert with .float()."))
         if tensor.dtype != q.dtype:
@@ -76,7 +78,9 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise ValueError(message(name, f"the device of q ({q.device})", tensor, "Move all three to one device."))
     if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
         raise ValueError(
-            message("k", f"[B={q.shape[0]}, Hkv, K, D={q.shape[3]}] like q", k, "q and k share batch and head dimension.")
+            message(
+                "k", f"[B={q.shape[0]}, Hkv, K, D={q.shape[3]}] like q", k, "q and k share batch and head dimension."
+            )
         )
     if v.shape != k.shape:
         raise ValueError(message("v", f"the shape of k {tuple(k.shape)}", v, "Pad v if its head dimension is smaller."))
@@ -97,7 +101,9 @@ def _check_roles(name: str, roles: Tensor, batch: int, length: int, letter: str,
         raise TypeError(message(name, "uint8", roles, "Convert with .to(torch.uint8)."))
     if roles.dim() != 2 or roles.shape[0] not in (1, batch) or roles.shape[1] != length:
         raise ValueError(
-            message(name, f"shape [{batch}|1, {letter}={length}]", roles, "Give one Role per token, cached tokens included.")
+            message(
+                name, f"shape [{batch}|1, {letter}={length}]", roles, "Give one Role per token, cached tokens included."
+            )
         )
     if roles.device != device:
         raise ValueError(message(name, f"the device of q ({device})", roles, "Move it with .to(q.device)."))
@@ -120,10 +126,14 @@ def _check_routes(
     if not isinstance(routes, Routes):
         raise TypeError(message("routes", "Routes or None", routes, "Build emokernels.Routes(bias=..., gain=...)."))
     if roles is None:
-        raise ValueError(message("roles", "[B|1, K] uint8 with routes", None, "Say what every key is with emokernels.Role."))
+        raise ValueError(
+            message("roles", "[B|1, K] uint8 with routes", None, "Say what every key is with emokernels.Role.")
+        )
     if query_roles is None and n > keys:
         raise ValueError(
-            message("query_roles", f"[B|1, N={n}] when N > K={keys}", None, "Say what every query is with emokernels.Role.")
+            message(
+                "query_roles", f"[B|1, N={n}] when N > K={keys}", None, "Say what every query is with emokernels.Role."
+            )
         )
     for name, table in routes.tables():
         if table.shape[0] not in (1, batch) or table.shape[1] != heads or table.device != device:
@@ -155,7 +165,12 @@ def _check_mask(mask: Tensor, batch: int, heads: int, n: int, keys: int, device:
         raise ValueError(message("mask", f"the device of q ({device})", mask, "Move it with .to(q.device)."))
     if mask.requires_grad:
         raise NotImplementedError(
-            message("mask", "a mask that needs no gradient", mask, "Detach it, or learn Routes.bias, which is differentiable.")
+            message(
+                "mask",
+                "a mask that needs no gradient",
+                mask,
+                "Detach it, or learn Routes.bias, which is differentiable.",
+            )
         )
 
 
@@ -165,4 +180,6 @@ def _check_number(name: str, value: Any, *, positive: bool) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(message(name, "a Python number or None", value, "Convert a tensor with .item()."))
     if not math.isfinite(value) or (positive and value <= 0):
-        raise ValueError(message(name, "a positive number" if positive else "a finite number", value, "Use None for the default."))
+        raise ValueError(
+            message(name, "a positive number" if positive else "a finite number", value, "Use None for the default.")
+        )

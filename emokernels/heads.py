@@ -52,20 +52,26 @@ class HeadEdits:
             shape = "[B|1, N|1, H]" if rank == 3 else "[B|1, N|1, H, D]"
             require_tensor(f"HeadEdits.{name}", value, f"Give a tensor of shape {shape}.")
             if name == "mask" and value.dtype != torch.bool:
-                raise TypeError(message("HeadEdits.mask", "bool, True where z is replaced", value, "Convert with mask.bool()."))
+                raise TypeError(
+                    message("HeadEdits.mask", "bool, True where z is replaced", value, "Convert with mask.bool().")
+                )
             if name != "mask" and not value.is_floating_point():
-                raise TypeError(message(f"HeadEdits.{name}", "a floating-point tensor", value, "Convert with value.float()."))
+                raise TypeError(
+                    message(f"HeadEdits.{name}", "a floating-point tensor", value, "Convert with value.float().")
+                )
             if value.dim() != rank:
-                raise ValueError(message(f"HeadEdits.{name}", f"shape {shape}", value, "Use size 1 for a shared dimension."))
+                raise ValueError(
+                    message(f"HeadEdits.{name}", f"shape {shape}", value, "Use size 1 for a shared dimension.")
+                )
             if first is None:
                 first = (name, value)
             if value.shape[2] != first[1].shape[2] or value.device != first[1].device:
                 raise ValueError(
                     message(
                         f"HeadEdits.{name}",
-                        f"the heads and device of HeadEdits.{first[0]} ({first[1].shape[2]} heads, {first[1].device})",
+                        f"{first[1].shape[2]} heads on {first[1].device} like HeadEdits.{first[0]}",
                         value,
-                        "Dimension 2 counts all query heads of the layer; HeadEdits.to(device) moves all fields together.",
+                        "Dimension 2 counts all query heads; HeadEdits.to(device) moves all fields together.",
                     )
                 )
 

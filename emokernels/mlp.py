@@ -40,8 +40,8 @@ def gated_activation(
 
     Returns:
         a, contiguous, in gate's dtype and shape; fresh memory. "composed" rounds like Hugging Face's
-        ``act_fn(gate) * up``; "reference" computes in float32 (float64) and rounds once. Differentiable in gate, up and the
-        values of the edits.
+        ``act_fn(gate) * up``; "reference" computes in float32 (float64) and rounds once. Differentiable in gate, up
+        and the values of the edits.
 
     Raises:
         TypeError, ValueError, NotImplementedError: as in `attention`.
@@ -85,16 +85,24 @@ def _check(gate: Tensor, up: Tensor | None, act: str, neurons: NeuronEdits | Non
             raise TypeError(message("up", f"the dtype of gate ({gate.dtype})", up, "Convert both to one dtype."))
         if up.shape != gate.shape or up.device != gate.device:
             raise ValueError(
-                message("up", f"shape {tuple(gate.shape)} on {gate.device} like gate", up, "gate and up belong together.")
+                message(
+                    "up", f"shape {tuple(gate.shape)} on {gate.device} like gate", up, "gate and up belong together."
+                )
             )
     if act not in ACTS:
         known = ", ".join(repr(name) for name in ACTS)
-        raise ValueError(message("act", f"one of {known}", act, "Name the activation as the model's configuration does."))
+        raise ValueError(
+            message("act", f"one of {known}", act, "Name the activation as the model's configuration does.")
+        )
     if neurons is not None:
         if not isinstance(neurons, NeuronEdits):
-            raise TypeError(message("neurons", "NeuronEdits or None", neurons, "Build emokernels.NeuronEdits(index, ...)."))
+            raise TypeError(
+                message("neurons", "NeuronEdits or None", neurons, "Build emokernels.NeuronEdits(index, ...).")
+            )
         if gate.dim() != 3:
-            raise ValueError(message("gate", "shape [B, N, F] with neurons", gate, "Add batch and position dimensions."))
+            raise ValueError(
+                message("gate", "shape [B, N, F] with neurons", gate, "Add batch and position dimensions.")
+            )
         neurons.check_against(gate.shape[0], gate.shape[1], gate.shape[2], gate.device)
 
 
@@ -116,7 +124,9 @@ def _activation_gradients(
     hidden = ACTS[act](x)
     dscale = dshift = dreplace = None
     if index is not None:
-        columns = index.expand(*gate.shape[:-1], -1) if index.dim() == 1 else index[:, None].expand(*gate.shape[:-1], -1)
+        columns = (
+            index.expand(*gate.shape[:-1], -1) if index.dim() == 1 else index[:, None].expand(*gate.shape[:-1], -1)
+        )
         kept = da.gather(-1, columns)
         if mask is not None and replace is not None:
             dreplace = _sum_to(torch.where(mask, kept, 0.0), replace)
@@ -149,7 +159,8 @@ def _register(name: str, forward: Callable[..., Tensor]) -> Any:
         up, _, scale, shift, replace = args[:5]
         wanted = (gate, up, scale, shift, replace)
         return tuple(
-            gate.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in wanted
+            gate.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
+            for t in wanted
         )
 
     backward_op = torch.library.custom_op(
@@ -167,9 +178,7 @@ def _register(name: str, forward: Callable[..., Tensor]) -> Any:
         )
 
     backward_op.register_autograd(refuse)
-    op = torch.library.custom_op(
-        f"emokernels::{name}", forward, mutates_args=(), schema=f"({_ARGUMENTS}) -> Tensor"
-    )
+    op = torch.library.custom_op(f"emokernels::{name}", forward, mutates_args=(), schema=f"({_ARGUMENTS}) -> Tensor")
     op.register_fake(lambda gate, *rest: torch.empty_like(gate, memory_format=torch.contiguous_format))
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -20,14 +20,14 @@ class NeuronEdits:
     * ``scale``, ``shift``, ``replace``  ``[B|1, N|1, n]`` float, aligned with the last dimension of ``index``
     * ``mask``    ``[B|1, N|1, n]`` bool; given exactly when ``replace`` is
 
-    Neurons that are not indexed are not touched. Rows that edit fewer than n neurons pad ``index`` with any other neuron
-    at scale 1. Scale and shift are applied in float32 (float64 for float64 activations), then rounded. Values are read at
-    every call and may be refilled in place.
+    Neurons that are not indexed are not touched. Rows that edit fewer than n neurons pad ``index`` with any other
+    neuron at scale 1. Scale and shift are applied in float32 (float64 for float64 activations), then rounded. Values
+    are read at every call and may be refilled in place.
 
     Raises:
         TypeError: a field is not a tensor or has the wrong dtype.
-        ValueError: a shape does not fit, fields disagree, only one of replace and mask is given, or (CPU tensors) an index
-            is negative or appears twice. The upper bound is checked when the edits meet activations.
+        ValueError: a shape does not fit, fields disagree, only one of replace and mask is given, or (CPU tensors) an
+            index is negative or appears twice. The upper bound is checked when the edits meet activations.
     """
 
     index: Tensor
@@ -42,7 +42,9 @@ class NeuronEdits:
         if index.dtype != torch.int64:
             raise TypeError(message("NeuronEdits.index", "int64", index, "Convert with index.long()."))
         if index.dim() not in (1, 2) or index.shape[-1] == 0:
-            raise ValueError(message("NeuronEdits.index", "shape [n] or [B, n] with n >= 1", index, "Use None for no edit."))
+            raise ValueError(
+                message("NeuronEdits.index", "shape [n] or [B, n] with n >= 1", index, "Use None for no edit.")
+            )
         if index.device.type == "cpu" and not torch.compiler.is_compiling():
             if int(index.min()) < 0:
                 raise ValueError(
@@ -70,9 +72,13 @@ class NeuronEdits:
         for name, value in self.fields():
             require_tensor(f"NeuronEdits.{name}", value, "Give a tensor of shape [B|1, N|1, n].")
             if name == "mask" and value.dtype != torch.bool:
-                raise TypeError(message("NeuronEdits.mask", "bool, True where a is replaced", value, "Convert with mask.bool()."))
+                raise TypeError(
+                    message("NeuronEdits.mask", "bool, True where a is replaced", value, "Convert with mask.bool().")
+                )
             if name != "mask" and not value.is_floating_point():
-                raise TypeError(message(f"NeuronEdits.{name}", "a floating-point tensor", value, "Convert with value.float()."))
+                raise TypeError(
+                    message(f"NeuronEdits.{name}", "a floating-point tensor", value, "Convert with value.float().")
+                )
             if value.dim() != 3 or value.shape[2] != index.shape[-1] or value.device != index.device:
                 raise ValueError(
                     message(
@@ -106,21 +112,31 @@ class NeuronEdits:
         """Edits of the batch rows `rows` ([B'] int64), as beams expand a batch."""
         index = self.index if self.index.dim() == 1 else self.index.index_select(0, rows)
         return NeuronEdits(
-            index, **{name: value if value.shape[0] == 1 else value.index_select(0, rows) for name, value in self.fields()}
+            index,
+            **{name: value if value.shape[0] == 1 else value.index_select(0, rows) for name, value in self.fields()},
         )
 
     def check_against(self, batch: int, positions: int, width: int, device: torch.device) -> None:
         """ValueError unless the edits fit activations ``[B, N, width]`` on `device`."""
         index = self.index
         if index.device != device:
-            raise ValueError(message("neurons.index", f"a tensor on {device}", index, "Move the edits with neurons.to(device)."))
+            raise ValueError(
+                message("neurons.index", f"a tensor on {device}", index, "Move the edits with neurons.to(device).")
+            )
         if index.dim() == 2 and index.shape[0] not in (1, batch):
             raise ValueError(
-                message("neurons.index", f"shape [n] or [{batch}, n]", index, "One row of index per batch row, or a shared [n].")
+                message(
+                    "neurons.index",
+                    f"shape [n] or [{batch}, n]",
+                    index,
+                    "One row of index per batch row, or a shared [n].",
+                )
             )
         if device.type == "cpu" and not torch.compiler.is_compiling() and int(index.max()) >= width:
             raise ValueError(
-                message("neurons.index", f"numbers below the width {width}", f"{int(index.max())}", "Check layer and model.")
+                message(
+                    "neurons.index", f"numbers below the width {width}", f"{int(index.max())}", "Check layer and model."
+                )
             )
         for name, value in self.fields():
             if value.shape[0] not in (1, batch) or value.shape[1] not in (1, positions):

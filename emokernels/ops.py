@@ -85,7 +85,9 @@ def register_with_backward(name: str, forward: Forward, backward_kernel: Backwar
     def kernel(*args: Any) -> tuple[Tensor, Tensor]:
         return forward(Problem(*args))
 
-    def kernel_backward(grad_z: Tensor, grad_lse: Tensor, z: Tensor, lse: Tensor, wanted: list[bool], *args: Any) -> Any:
+    def kernel_backward(
+        grad_z: Tensor, grad_lse: Tensor, z: Tensor, lse: Tensor, wanted: list[bool], *args: Any
+    ) -> Any:
         problem = Problem(*args)
         grads = backward_kernel(problem, grad_z, grad_lse, z, lse, wanted)
         return tuple(problem.q.new_empty(0) if grad is None else grad for grad in grads)

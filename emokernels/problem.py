@@ -10,9 +10,10 @@ from torch import Tensor
 class Problem(NamedTuple):
     """Arguments of every attention op, in schema order.
 
-    ``q [B, H, N, D]``, ``k`` and ``v [B, Hkv, K, D]``; ``roles [B|1, K]`` and ``query_roles [B|1, N]`` uint8, present when
-    a table is; ``bias``, ``factor`` (Routes.scale), ``magnitude`` (Routes.abs) and ``gain`` ``[B|1, H, R, R]``; ``mask``
-    bool or additive ``[B|1, 1|H, N, K]``; ``scale`` of the logits; ``window`` and ``softcap`` with 0 for none.
+    ``q [B, H, N, D]``, ``k`` and ``v [B, Hkv, K, D]``; ``roles [B|1, K]`` and ``query_roles [B|1, N]`` uint8, present
+    when a table is; ``bias``, ``factor`` (Routes.scale), ``magnitude`` (Routes.abs) and ``gain`` ``[B|1, H, R, R]``;
+    ``mask`` bool or additive ``[B|1, 1|H, N, K]``; ``scale`` of the logits; ``window`` and ``softcap`` with 0 for
+    none.
     """
 
     q: Tensor
@@ -33,6 +34,4 @@ class Problem(NamedTuple):
     @property
     def routed(self) -> bool:
         """True when at least one table is given."""
-        return (
-            self.bias is not None or self.factor is not None or self.magnitude is not None or self.gain is not None
-        )
+        return self.bias is not None or self.factor is not None or self.magnitude is not None or self.gain is not None

@@ -37,11 +37,12 @@ _TABLE_DTYPES = (torch.float32, torch.float64)
 class Routes:
     """Changes to attention per (batch row, head, destination role, source role).
 
-    ``s' = scale * s + abs * |s| + bias``, then mask and softmax, then ``p * gain`` without renormalising, where ``s`` is
-    the scaled and soft-capped attention logit of a query of role ``dst`` and a key of role ``src``.
+    ``s' = scale * s + abs * |s| + bias``, then mask and softmax, then ``p * gain`` without renormalising, where ``s``
+    is the scaled and soft-capped attention logit of a query of role ``dst`` and a key of role ``src``.
 
     Each field is ``None`` (identity) or a table ``[B|1, H, R, R]`` of float32 (or float64), indexed
-    ``[row, head, dst role, src role]`` with ``R = len(Role)``; a first dimension of 1 is shared by all rows of the batch.
+    ``[row, head, dst role, src role]`` with ``R = len(Role)``; a first dimension of 1 is shared by all rows of the
+    batch.
 
     | field | identity | notes |
     |---|---|---|
@@ -55,8 +56,8 @@ class Routes:
 
     Raises:
         TypeError: a field is not a tensor, or not float32 or float64.
-        ValueError: a shape does not fit, fields disagree in rows, heads, dtype or device, or a CPU table holds NaN or an
-            infinity other than a bias of ``-inf``.
+        ValueError: a shape does not fit, fields disagree in rows, heads, dtype or device, or a CPU table holds NaN
+            or an infinity other than a bias of ``-inf``.
     """
 
     bias: Tensor | None = None
@@ -76,7 +77,8 @@ class Routes:
                 raise ValueError(
                     message(
                         f"Routes.{name}",
-                        f"the heads, dtype and device of Routes.{first[0]} ({other.shape[1]} heads, {other.dtype}, {other.device})",
+                        f"the heads, dtype and device of Routes.{first[0]} "
+                        f"({other.shape[1]} heads, {other.dtype}, {other.device})",
                         table,
                         "Build all tables of one Routes alike; Routes.to(device) moves them together.",
                     )
@@ -131,7 +133,7 @@ class Routes:
         return next((table.shape[1] for _, table in self.tables()), None)
 
     def is_identity(self) -> bool:
-        """True when every table that is set holds its identity. Reads the values: on a GPU this waits for the device."""
+        """True when every table that is set holds its identity. Reads the values, so a GPU is waited for."""
         neutral = {"bias": 0.0, "scale": 1.0, "abs": 0.0, "gain": 1.0}
         return all(bool((table == neutral[name]).all()) for name, table in self.tables())
 

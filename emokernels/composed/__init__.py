@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..problem import Problem
@@ -34,7 +33,7 @@ SMALL_HALF_KEYS = 1 << 18
 
 
 def attend(problem: Problem, need_lse: bool = True) -> tuple[Tensor, Tensor | None]:
-    """z ``[B, H, N, D]`` and lse ``[B, H, N]`` (None unless needed); no gradient."""
+    """Z ``[B, H, N, D]`` and lse ``[B, H, N]`` (None unless needed); no gradient."""
     if problem.q.device.type != "cpu":
         return attend_tiled(problem, need_lse)
     if problem.roles is None or problem.query_roles is None or not problem.routed:

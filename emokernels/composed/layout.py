@@ -13,7 +13,7 @@ _known: Memo[list[Run]] = Memo(512)
 
 
 def row_bytes(roles: Tensor) -> list[bytes] | None:
-    """The rows of a CPU tensor ``[B, L]`` uint8 as bytes, a single one when all are equal; None when it is too large."""
+    """The rows of a CPU tensor ``[B, L]`` uint8 as bytes, one when all are equal; None when it is too large."""
     key = content(roles)
     if key is None:
         return None

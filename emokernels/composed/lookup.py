@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..problem import Problem
 from ..routes import ROLES
-from .layout import known_runs, row_bytes
-from .tables import Alike, Flags, inspect
+from .layout import Run, known_runs, row_bytes
+from .tables import Alike, inspect
 
 if TYPE_CHECKING:
     from .tiles import Cut
@@ -27,20 +27,19 @@ MAX_SLICES = 12
 class Lookup:
     """The tables of one problem, ready to be applied to tiles of scores and weights, in place."""
 
-    def __init__(self, problem: Problem, wide: torch.dtype) -> None:
+    def __init__(self, problem: Problem, roles: Tensor, query_roles: Tensor, wide: torch.dtype) -> None:
         self.bias, self.factor = _as(problem.bias, wide), _as(problem.factor, wide)
         self.magnitude, self.gain = _as(problem.magnitude, wide), _as(problem.gain, wide)
-        self._roles, self._query_roles = problem.roles, problem.query_roles
-        self._long: tuple[Tensor, Tensor] | None = None
+        self._roles, self._query_roles = roles, query_roles
         self.alike: Alike | None = None
         self.key_bytes: bytes | None = None
         self.query_bytes: bytes | None = None
         self.row_edges: tuple[int, ...] = ()
         self.masks = self.bias is not None
-        if problem.q.device.type == "cpu" and problem.roles is not None and problem.query_roles is not None:
+        if problem.q.device.type == "cpu":
             self.alike = inspect(problem)
             self.masks = self.alike.masks
-            keys, queries = row_bytes(problem.roles), row_bytes(problem.query_roles)
+            keys, queries = row_bytes(roles), row_bytes(query_roles)
             self.key_bytes = keys[0] if keys is not None and len(keys) == 1 else None
             if queries is not None and len(queries) == 1:
                 self.query_bytes = queries[0]
@@ -49,13 +48,12 @@ class Lookup:
 
     def route(self, s: Tensor, cut: Cut, heads: slice) -> None:
         """``s = factor * s + magnitude * |s| + bias`` on a tile ``[b, h, n, k]``."""
-        dst = self._destination(cut)
-        if dst is not None and self.alike is not None:
-            slices = self._slices(dst, cut, (self.alike.bias, self.alike.factor), self.alike.magnitude)
-            if slices is not None:
-                for src, start, stop in slices:
-                    self._route_slice(s[:, :, :, start:stop], cut, heads, dst, src)
-                return
+        found = self._slices(cut, "logits")
+        if found is not None:
+            dst, slices = found
+            for src, start, stop in slices:
+                self._route_slice(s[:, :, :, start:stop], cut, heads, dst, src)
+            return
         extra = s.abs().mul_(self.gathered(self.magnitude, cut, heads)) if self.magnitude is not None else None
         if self.factor is not None:
             s.mul_(self.gathered(self.factor, cut, heads))
@@ -68,20 +66,18 @@ class Lookup:
         """``p = gain * p`` on a tile ``[b, h, n, k]``."""
         if self.gain is None:
             return
-        dst = self._destination(cut)
-        if dst is not None and self.alike is not None:
-            slices = self._slices(dst, cut, (self.alike.gain,), False)
-            if slices is not None:
-                for src, start, stop in slices:
-                    p[:, :, :, start:stop].mul_(_value(self.gain, cut, heads, dst, src))
-                return
+        found = self._slices(cut, "weights")
+        if found is not None:
+            dst, slices = found
+            for src, start, stop in slices:
+                p[:, :, :, start:stop].mul_(_value(self.gain, cut, heads, dst, src))
+            return
         p.mul_(self.gathered(self.gain, cut, heads))
 
     def gathered(self, table: Tensor, cut: Cut, heads: slice) -> Tensor:
         """``table[row, head, role of query, role of key]`` over a rectangle, ``[b|1, h, n, k]``."""
-        roles, query_roles = self._indices()
-        roles = roles[_rows(roles, cut), cut.j0 : cut.j1]
-        query_roles = query_roles[_rows(query_roles, cut), cut.i0 : cut.i1]
+        roles = self._roles[_rows(self._roles, cut), cut.j0 : cut.j1].long()
+        query_roles = self._query_roles[_rows(self._query_roles, cut), cut.i0 : cut.i1].long()
         pair = query_roles.unsqueeze(2) * ROLES + roles.unsqueeze(1)
         flat = table[_rows(table, cut), heads].flatten(2)
         rows = max(pair.shape[0], flat.shape[0])
@@ -97,23 +93,22 @@ class Lookup:
         if self.bias is not None:
             s.add_(_value(self.bias, cut, heads, dst, src))
 
-    def _destination(self, cut: Cut) -> int | None:
-        """The one role of the tile's queries, or None."""
-        query_bytes = self.query_bytes
-        if query_bytes is None or self.key_bytes is None:
+    def _slices(self, cut: Cut, what: str) -> tuple[int, list[Run]] | None:
+        """The tile's one destination role, and (source role, start, stop) of runs that change its logits or weights.
+
+        Relative to the tile. None when the queries mix roles, the rows differ in layout, or the runs are many.
+        """
+        alike, key_bytes, query_bytes = self.alike, self.key_bytes, self.query_bytes
+        if alike is None or key_bytes is None or query_bytes is None:
             return None
         dst = query_bytes[cut.i0]
         if cut.i1 - cut.i0 > 1 and query_bytes.count(dst, cut.i0, cut.i1) != cut.i1 - cut.i0:
             return None
-        return dst
-
-    def _slices(self, dst: int, cut: Cut, flags: tuple[Flags, ...], every: bool) -> list[tuple[int, int, int]] | None:
-        """(source role, start, stop) relative to the tile, of runs that change something; None when there are many."""
-        assert self.alike is not None and self.key_bytes is not None
-        label = self.alike.label[dst]
-        found: list[tuple[int, int, int]] = []
-        for src, start, stop in known_runs(self.key_bytes):
-            if stop <= cut.j0 or start >= cut.j1 or not (every or any(flag[dst][src] for flag in flags)):
+        label = alike.label[dst]
+        found: list[Run] = []
+        for src, start, stop in known_runs(key_bytes):
+            changed = alike.changes_weights(dst, src) if what == "weights" else alike.changes_logits(dst, src)
+            if stop <= cut.j0 or start >= cut.j1 or not changed:
                 continue
             start, stop = max(start, cut.j0) - cut.j0, min(stop, cut.j1) - cut.j0
             if found and found[-1][2] == start and label[found[-1][0]] == label[src]:
@@ -122,13 +117,7 @@ class Lookup:
                 return None
             else:
                 found.append((src, start, stop))
-        return found
-
-    def _indices(self) -> tuple[Tensor, Tensor]:
-        if self._long is None:
-            assert self._roles is not None and self._query_roles is not None
-            self._long = (self._roles.long(), self._query_roles.long())
-        return self._long
+        return dst, found
 
 
 def _value(table: Tensor, cut: Cut, heads: slice, dst: int, src: int) -> Tensor:

@@ -1,7 +1,8 @@
 """Small caches keyed on content: what all layers and steps of a generation see again and again.
 
-Keys are the bytes of small CPU tensors, so a table or a role tensor that was refilled in place is noticed, and reading a
-key costs a microsecond. Masks are too large for that: they are remembered as objects, by identity and version.
+Keys are the bytes of small CPU tensors, so a table or a role tensor that was refilled in place is noticed, and
+reading a key costs a microsecond. Masks are too large for that: they are remembered as objects, by identity and
+version.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ def is_plain(problem: Problem) -> bool:
 
 
 def plain(problem: Problem) -> Tensor:
-    """z ``[B, H, N, D]`` by ``F.scaled_dot_product_attention``; the same bits as Hugging Face's sdpa path.
+    """Z ``[B, H, N, D]`` by ``F.scaled_dot_product_attention``; the same bits as Hugging Face's sdpa path.
 
     A causal call with fewer queries than keys, which Hugging Face makes with a mask, gets the bottom-right mask here.
     """
@@ -40,7 +40,7 @@ def plain(problem: Problem) -> Tensor:
 
 
 def plain_with_lse(problem: Problem) -> tuple[Tensor, Tensor]:
-    """z and lse ``[B, H, N]`` on a CPU, by the kernel that `plain` ends in; rows without keys give 0 and -inf."""
+    """Z and lse ``[B, H, N]`` on a CPU, by the kernel that `plain` ends in; rows without keys give 0 and -inf."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (problem.q, problem.k, problem.v))
     mask, causal = _mask_and_flag(problem)
     if mask is None:

@@ -1,18 +1,20 @@
 """How to cover the visible (query, key) pairs by calls of stock attention, each over keys that act alike.
 
-Query rows are cut into bands of at most `BAND_ROWS`, bands into blocks of about `BLOCK_ROWS`. Keys before a band's diagonal
-are visible to all its rows: those of one class (roles that act alike, see `tables`) are one call without mask for the whole
-band. Inside the band, a block sees the band's keys before it in one more such call, and the keys on its own diagonal in a
-causal call. No pair is computed twice, and since stock causal kernels compute whole tiles around the diagonal and then hide
-half of them, small causal calls beside large full ones waste less than one causal call over everything.
+Query rows are cut into bands of at most `BAND_ROWS`, bands into blocks of about `BLOCK_ROWS`. Keys before a band's
+diagonal are visible to all its rows: those of one class (roles that act alike, see `tables`) are one call without
+mask for the whole band. Inside the band, a block sees the band's keys before it in one more such call, and the keys
+on its own diagonal in a causal call. No pair is computed twice, and since stock causal kernels compute whole tiles
+around the diagonal and then hide half of them, small causal calls beside large full ones waste less than one causal
+call over everything.
 
-A class whose keys are scattered (system text before the image, the question after it) is gathered once into a buffer, in
-key order: what a band sees of it is then a prefix of the buffer.
+A class whose keys are scattered (system text before the image, the question after it) is gathered once into a buffer,
+in key order: what a band sees of it is then a prefix of the buffer.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
+from itertools import pairwise
 from typing import NamedTuple
 
 from .layout import Run, runs
@@ -21,7 +23,7 @@ from .visible import Visible
 BAND_ROWS = 1024
 """Rows that share one pass over the keys before them."""
 BLOCK_ROWS = 128
-"""Rows of one causal call: fewer waste less on the diagonal, more make better products (measured: 96 to 256 differ by 2 %)."""
+"""Rows of one causal call: fewer waste less on the diagonal, more make better products. 96 to 256 differ by 2 %."""
 
 Ranges = tuple[tuple[int, int], ...]
 
@@ -70,10 +72,12 @@ def make_plan(
     """The plan for one layout.
 
     Args:
-        roles, query_roles: one byte per key and per query.
+        roles: one byte per key.
+        query_roles: one byte per query.
         visible: the keys that the queries see.
         label: ``label[dst][src]``, equal for source roles that act alike for this destination role.
-        gather: collect a scattered class in one buffer (many rows), or call each of its ranges by itself (few rows, where
+        gather: collect a scattered class in one buffer (many rows), or call each of its ranges by itself (few rows,
+        where
             copying keys costs more than calls).
     """
     key_runs = runs(roles)
@@ -88,7 +92,8 @@ def make_plan(
             if diagonal:
                 here = partition[roles[a + visible.offset]]
                 blocks = [
-                    _diagonal_block(a, i0, i1, here, visible) for i0, i1 in _even_parts(a, b, round((b - a) / BLOCK_ROWS))
+                    _diagonal_block(a, i0, i1, here, visible)
+                    for i0, i1 in _even_parts(a, b, round((b - a) / BLOCK_ROWS))
                 ]
             bands.append(Band(a, b, role, classes.pieces(a, partition), tuple(blocks)))
     return Plan(tuple(classes.buffers), tuple(bands))
@@ -97,7 +102,7 @@ def make_plan(
 def _even_parts(start: int, stop: int, parts: int) -> list[tuple[int, int]]:
     parts = max(1, parts)
     cuts = [start + (stop - start) * part // parts for part in range(parts + 1)]
-    return list(zip(cuts, cuts[1:], strict=False))
+    return list(pairwise(cuts))
 
 
 def _diagonal_block(band: int, i0: int, i1: int, role: int, visible: Visible) -> Block:
@@ -162,7 +167,7 @@ def _segments(
     starts = [start for _, start, _ in key_runs]
     segments: list[tuple[int, int]] = []
     previous: tuple[tuple[int, ...], int | None] | None = None
-    for a, b in zip(edges, edges[1:], strict=False):
+    for a, b in pairwise(edges):
         partition = label[query_roles[a]]
         column = a + visible.offset
         diagonal = partition[key_runs[bisect_left(starts, column + 1) - 1][0]] if column < visible.stop else None

@@ -1,6 +1,7 @@
 """Routed attention as a merge of stock attention over disjoint classes of keys. The fast path of a prefill on a CPU.
 
-Softmax attention over disjoint sets of keys merges by log-sum-exp, so with a bias b and a gain g per set (docs/kernels.md)::
+Softmax attention over disjoint sets of keys merges by log-sum-exp, so with a bias b and a gain g per set
+(docs/kernels.md)::
 
     lse = logsumexp_k(lse_k + b_k)        z = sum_k g_k * exp(lse_k + b_k - lse) * z_k
 
@@ -58,7 +59,7 @@ def group_rows(problem: Problem, alike: Alike, visible: list[Visible]) -> list[G
 def attend_by_spans(
     problem: Problem, alike: Alike, groups: list[Group], need_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """z ``[B, H, N, D]`` and lse ``[B, H, N]`` (None unless needed)."""
+    """Z ``[B, H, N, D]`` and lse ``[B, H, N]`` (None unless needed)."""
     batch, heads, n, dim = problem.q.shape
     wide = torch.float64 if problem.q.dtype == torch.float64 else torch.float32
     z = problem.q.new_empty(batch, n, heads, dim).transpose(1, 2)
@@ -91,9 +92,7 @@ class _Merger:
         self.gain = None if problem.gain is None else pick(problem.gain)
         rows = problem.query_roles
         self.query_roles = None if rows is None else rows[members[0] if rows.shape[0] > 1 else 0].long()
-        self.buffers = [
-            (_gather(self.k, ranges), _gather(self.v, ranges)) for ranges in plan.buffers
-        ]
+        self.buffers = [(_gather(self.k, ranges), _gather(self.v, ranges)) for ranges in plan.buffers]
 
     def _pick(self, tensor: Tensor) -> Tensor:
         """The rows of this group: a view when they are adjacent, a copy of them otherwise."""

@@ -30,15 +30,14 @@ def _slices(key_bytes: bytes, dst: int, alike: Alike) -> tuple[Slices, Slices] |
     runs = known_runs(key_bytes)
     if len(runs) > MAX_SLICES:
         return None
-    changed, gained = alike.bias[dst], alike.gain[dst]
-    logits = [run for run in runs if changed[run[0]] or alike.factor[dst][run[0]] or alike.magnitude]
-    return logits, [run for run in runs if gained[run[0]]]
+    logits = [run for run in runs if alike.changes_logits(dst, run[0])]
+    return logits, [run for run in runs if alike.changes_weights(dst, run[0])]
 
 
 def attend_step(
     problem: Problem, dst: int, slices: tuple[Slices, Slices], may_be_empty: bool, need_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """z ``[B, H, 1, D]`` and lse ``[B, H, 1]`` for queries that all have role `dst` and share one key layout."""
+    """Z ``[B, H, 1, D]`` and lse ``[B, H, 1]`` for queries that all have role `dst` and share one key layout."""
     q, k, v = problem.q, problem.k, problem.v
     batch, heads, _, dim = q.shape
     key_heads = k.shape[1]

@@ -24,8 +24,9 @@ Flags = tuple[tuple[bool, ...], ...]
 class Alike:
     """What `inspect` finds. Indexed ``[dst role][src role]``.
 
-    `label`: the smallest source role that acts alike; `bias`, `factor`, `gain`: whether any row or head differs from the
-    identity; `magnitude`: whether the absolute value of a logit is used anywhere; `masks`: whether some bias is -inf.
+    `label`: the smallest source role that acts alike; `bias`, `factor`, `gain`: whether any row or head differs from
+    the identity; `magnitude`: whether the absolute value of a logit is used anywhere; `masks`: whether some bias is
+    -inf.
     """
 
     label: tuple[tuple[int, ...], ...]
@@ -36,6 +37,14 @@ class Alike:
     masks: bool
     slices: Memo[Any] = field(default_factory=lambda: Memo(64))
     """Remembered by `step` per layout."""
+
+    def changes_logits(self, dst: int, src: int) -> bool:
+        """True when bias, factor or magnitude may differ from the identity on this route."""
+        return self.magnitude or self.bias[dst][src] or self.factor[dst][src]
+
+    def changes_weights(self, dst: int, src: int) -> bool:
+        """True when the gain differs from the identity on this route."""
+        return self.gain[dst][src]
 
     def changes(self, roles: set[int]) -> bool:
         """True when a destination role of `roles` has a table row that is not the identity."""

@@ -4,8 +4,9 @@ A tile holds the scores of some heads and some query rows with the keys these ro
 `TILE` elements whatever the shape of the problem, so nothing of size H x N x K exists in a prefill. Query heads that
 share a key head are rows of one matrix product, so keys and values are read once per key head, not once per query head.
 
-Softcap, Routes.abs, sliding windows and masks that are no key interval need work per score that stock attention does not
-offer: they come here. So do decode steps, where the tile is the whole [H, 1, K] and one read of K and V is the cost.
+Softcap, Routes.abs, sliding windows and masks that are no key interval need work per score that stock attention does
+not offer: they come here. So do decode steps, where the tile is the whole [H, 1, K] and one read of K and V is the
+cost.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Cut(NamedTuple):
 
 
 def attend_tiled(problem: Problem, need_lse: bool = True) -> tuple[Tensor, Tensor | None]:
-    """z ``[B, H, N, D]`` and lse ``[B, H, N]`` (None unless needed)."""
+    """Z ``[B, H, N, D]`` and lse ``[B, H, N]`` (None unless needed)."""
     q = problem.q
     batch, heads, n, dim = q.shape
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -69,11 +70,13 @@ class Tiles:
         self.v = problem.v if problem.v.dtype == wide else problem.v.to(wide)
         self.share = problem.q.shape[1] // problem.k.shape[1]
         self.offset = problem.k.shape[2] - problem.q.shape[2]
-        self.lookup = Lookup(problem, wide) if problem.roles is not None and problem.query_roles is not None else None
+        self.lookup = None
+        if problem.routed and problem.roles is not None and problem.query_roles is not None:
+            self.lookup = Lookup(problem, problem.roles, problem.query_roles, wide)
         self.may_be_empty = problem.mask is not None or (self.lookup is not None and self.lookup.masks)
 
     def cuts(self) -> list[Cut]:
-        """Rectangles that cover the problem, each with at most TILE scores (but never less than one row of one head)."""
+        """Rectangles that cover the problem, each with at most TILE scores or one row of one key head."""
         batch, _, n, _ = self.problem.q.shape
         key_heads, keys = self.problem.k.shape[1], self.problem.k.shape[2]
         rows = max(1, min(n, TILE_ROWS, TILE // (self.share * keys)))
@@ -113,7 +116,7 @@ class Tiles:
         return s
 
     def run(self, cut: Cut, need_lse: bool) -> tuple[Tensor, Tensor | None]:
-        """z ``[b, h, n, D]`` and lse ``[b, h, n]`` of a rectangle."""
+        """Z ``[b, h, n, D]`` and lse ``[b, h, n]`` of a rectangle."""
         s = self.scores(cut)
         b, h, n, keys = s.shape
         if self.lookup is not None:

@@ -1,8 +1,8 @@
 """Which keys each batch row's queries see, when that is one interval cut by one diagonal.
 
-Query i of a batch row sees key j when ``start <= j < min(stop, i + offset + 1)``. Causal attention, left and right padding,
-static caches with a zero tail and chunks of a prompt are all of this form, so a padding mask costs one comparison per
-generation step instead of one read per layer. Any other mask is left to the tiles.
+Query i of a batch row sees key j when ``start <= j < min(stop, i + offset + 1)``. Causal attention, left and right
+padding, static caches with a zero tail and chunks of a prompt are all of this form, so a padding mask costs one
+comparison per generation step instead of one read per layer. Any other mask is left to the tiles.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _read_row(mask: Tensor) -> Visible | None:
         return Visible(0, 0, keys) if not bool(mask.any()) else None
     start = int(last.to(torch.uint8).argmax())
     stop = start + count
-    # The first query that sees key `start` is i0 = max(0, start - offset); it sees min(stop, i0 + offset + 1) - start keys.
+    # Key `start` is first seen by query i0 = max(0, start - offset). It sees keys below min(stop, i0 + offset + 1).
     first = int(mask[:, start].to(torch.uint8).argmax())
     seen = int(mask[first].sum())
     offset = start + seen - 1 - first if start + seen < stop or first > 0 else keys

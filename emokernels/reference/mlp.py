@@ -24,8 +24,10 @@ def activate(
     if up is not None:
         a = a * up.to(wide)
     if index is not None:
-        columns = index.expand(a.shape[:-1] + index.shape[-1:]) if index.dim() == 1 else index[:, None, :].expand(
-            a.shape[0], a.shape[1], -1
+        columns = (
+            index.expand(a.shape[:-1] + index.shape[-1:])
+            if index.dim() == 1
+            else index[:, None, :].expand(a.shape[0], a.shape[1], -1)
         )
         edited = a.gather(-1, columns)
         if scale is not None:
