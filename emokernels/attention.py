@@ -79,7 +79,8 @@ def attention(
         backend: "auto", "reference" or "composed" (see `backends()`).
 
     Returns:
-        AttentionOutput(z, lse). z is fresh memory laid out as [B, N, H, D]. lse does not depend on gain or head edits.
+        AttentionOutput(z, lse). z is fresh memory, in the layout of stock attention's output or as [B, N, H, D], which
+        o_proj reads without a copy. lse does not depend on gain or head edits.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it, what was expected and the way out.
