@@ -56,4 +56,8 @@ def extensions() -> tuple[list, dict]:
 
 
 ext_modules, cmdclass = extensions()
-setup(ext_modules=ext_modules, cmdclass=cmdclass, options={"bdist_wheel": {"py_limited_api": "cp311"}} if ext_modules else {})
+setup(
+    ext_modules=ext_modules,
+    cmdclass=cmdclass,
+    options={"bdist_wheel": {"py_limited_api": "cp311"}} if ext_modules else {},
+)

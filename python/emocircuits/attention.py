@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
+from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, eager_mask, sdpa_mask
 
 # Names may not contain "sdpa", "flash", "/" or ":": transformers treats those specially.
 OVER_STOCK = "emokernels"
@@ -36,7 +38,22 @@ def key_over(implementation: str | None) -> str:
     return OVER_EAGER if implementation == "eager" else OVER_STOCK
 
 
-def _forward(
+def _over(stock: Callable[[Any], Callable[..., Any]]) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """An attention function that leaves modules without an active site to ``stock(module)``."""
+
+    def forward(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        site: AttentionSite | None = module.__dict__.get(SITE)
+        if site is None or not site.active():
+            return stock(module)(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
+        return _edited(site, module, query, key, value, attention_mask, **kwargs), None
+
+    return forward
+
+
+def _edited(
+    site: AttentionSite,
     module: Any,
     query: Tensor,
     key: Tensor,
@@ -46,16 +63,7 @@ def _forward(
     scaling: float | None = None,
     is_causal: bool | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    site: AttentionSite | None = module.__dict__.get(SITE)
-    if site is None or not site.active():
-        stock = sdpa_attention_forward
-        if module.config._attn_implementation == OVER_EAGER:
-            # Every modeling file has its own eager function; transformers looks it up there too.
-            stock = sys.modules[type(module).__module__].eager_attention_forward
-        return stock(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
-        )
+) -> Tensor:
     for name in ("s_aux", "position_bias", "cache", "softcap"):
         if kwargs.get(name) is not None:
             raise NotImplementedError(
@@ -65,18 +73,40 @@ def _forward(
         raise NotImplementedError(
             f"attention dropout is {dropout} in layer {_layer(module)}; call model.eval() before editing it"
         )
-    causal = (module.is_causal if is_causal is None else is_causal) and attention_mask is None and query.shape[2] > 1
-    if causal and key.shape[2] > query.shape[2]:
+    rows = query.shape[2]
+    causal = attention_mask is None and rows > 1 and bool(module.is_causal if is_causal is None else is_causal)
+    if causal and key.shape[2] > rows:
         # Prefill into a static cache: the columns after the prompt are still empty.
-        key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
-    return site(query, key, value, attention_mask, scaling=scaling, causal=causal), None
+        key, value = key[:, :, :rows], value[:, :, :rows]
+    return site(query, key, value, attention_mask, scaling=scaling, causal=causal)
+
+
+def _eager(module: Any) -> Callable[..., Any]:
+    # Every modeling file has its own eager function; transformers looks it up there too.
+    eager: Callable[..., Any] = sys.modules[type(module).__module__].eager_attention_forward
+    return eager
 
 
 def _layer(module: Any) -> Any:
     return getattr(module, "layer_idx", "?")
 
 
-AttentionInterface.register(OVER_STOCK, _forward)
-AttentionMaskInterface.register(OVER_STOCK, sdpa_mask)
-AttentionInterface.register(OVER_EAGER, _forward)
+def _mask(**kwargs: Any) -> Tensor | None:
+    """``sdpa_mask``, with a short cut for the common decode step: its mask is the padding mask itself.
+
+    Building it by index arithmetic costs a small model more than an edit does. The values are the same.
+    """
+    padding, keys = kwargs.get("attention_mask"), kwargs["kv_length"]
+    plain = kwargs["mask_function"] is causal_mask_function and kwargs.get("local_size") is None
+    if plain and kwargs["q_length"] == 1 and padding is not None and kwargs.get("allow_is_causal_skip", True):
+        offset = kwargs.get("q_offset", 0)
+        dynamic = isinstance(offset, int) and offset == keys - 1 and kwargs.get("kv_offset", 0) == 0
+        if dynamic and tuple(padding.shape) == (kwargs["batch_size"], keys) and padding.dtype == torch.bool:
+            return None if padding.all() else padding[:, None, None, :]
+    return sdpa_mask(**kwargs)
+
+
+AttentionInterface.register(OVER_STOCK, _over(lambda module: sdpa_attention_forward))
+AttentionMaskInterface.register(OVER_STOCK, _mask)
+AttentionInterface.register(OVER_EAGER, _over(_eager))
 AttentionMaskInterface.register(OVER_EAGER, eager_mask)

@@ -15,6 +15,11 @@ from emocircuits.roles import prompt_roles, real_tokens
 from emokernels import Role
 
 GROWTH = 1024
+PHASES = {
+    (True, False): frozenset({"prefill"}),
+    (False, True): frozenset({"decode"}),
+    (True, True): frozenset({"prefill", "decode"}),
+}
 
 
 class Context:
@@ -31,8 +36,9 @@ class Context:
         self.buffer: Tensor | None = None
         self.query_roles: Tensor | None = None
         self.seen = 0
+        self._keys: dict[int, Tensor] = {}
         self.prefill = True
-        self.phases = frozenset({"prefill"})
+        self.phases = PHASES[True, False]
         self.generating = False
         self.expects_prompt = False
 
@@ -58,8 +64,9 @@ class Context:
 
     def begin(self, kwargs: dict[str, Any]) -> bool:
         """Look at the inputs of a backbone forward. True when a new prompt came in (tables may need refilling)."""
-        ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
-        given = ids if ids is not None else embeds
+        given = kwargs.get("input_ids")
+        if given is None:
+            given = kwargs.get("inputs_embeds")
         if given is None:
             raise ValueError("the model was called with neither input_ids nor inputs_embeds; pass one of them by name")
         batch, length = given.shape[:2]
@@ -69,7 +76,7 @@ class Context:
         prompt = self.expects_prompt if self.generating else past == 0 or length > 1
         self.expects_prompt = False
         if prompt and past == 0:
-            self.buffer = self._prompt(kwargs, batch, length)
+            self.buffer = self._prompt(kwargs, batch, 0, length)
             self._rows(0, length, batch)
             self._phases(prompt=True, answer=self.given is not None and bool((self.given == int(Role.GENERATED)).any()))
             return True
@@ -80,7 +87,7 @@ class Context:
             )
         if prompt:
             self._grow(past + length)
-            self.buffer[:, past : past + length] = self._prompt(kwargs, batch, length)[:, :length]
+            self.buffer[:, past : past + length] = self._prompt(kwargs, batch, past, length)[:, :length]
         self._rows(past, length, batch)
         # Without a cache every step runs the whole sequence: its prompt rows are prefill again.
         self._phases(prompt=prompt or past == 0, answer=not prompt)
@@ -88,7 +95,7 @@ class Context:
 
     def _phases(self, prompt: bool, answer: bool) -> None:
         self.prefill = prompt
-        self.phases = frozenset(name for name, here in (("prefill", prompt), ("decode", answer)) if here)
+        self.phases = PHASES[prompt, answer]
 
     def _past(self, cache: Any, length: int) -> int:
         """Columns already in the cache; a static cache keeps its length on the device, so there it is counted here."""
@@ -98,7 +105,7 @@ class Context:
             return max(self.seen, 1)
         return int(cache.get_seq_length())
 
-    def _prompt(self, kwargs: dict[str, Any], batch: int, length: int) -> Tensor:
+    def _prompt(self, kwargs: dict[str, Any], batch: int, start: int, length: int) -> Tensor:
         ids = kwargs.get("input_ids")
         if self.given is not None:
             if tuple(self.given.shape) != (batch, length):
@@ -111,7 +118,7 @@ class Context:
                 "the prompt came as inputs_embeds, so visual tokens cannot be found; pass patch(..., roles=[B, N])"
             )
         else:
-            roles = prompt_roles(ids, real_tokens(kwargs.get("attention_mask"), length), self.placeholders)
+            roles = prompt_roles(ids, real_tokens(kwargs.get("attention_mask"), start, length), self.placeholders)
         device = ids.device if ids is not None else kwargs["inputs_embeds"].device
         buffer = torch.full((batch, length + GROWTH), int(Role.GENERATED), dtype=torch.uint8, device=device)
         buffer[:, :length] = roles
@@ -127,6 +134,7 @@ class Context:
         self._grow(past + length)
         self.query_roles = self.buffer[:, past : past + length]
         self.seen = past + length
+        self._keys = {}
 
     def _grow(self, columns: int) -> None:
         assert self.buffer is not None
@@ -138,5 +146,7 @@ class Context:
         """Roles ``[B, keys]`` of the key columns a layer holds; a sliding cache has dropped the oldest ones."""
         assert self.buffer is not None
         self._grow(keys)
-        dropped = max(0, self.seen - keys)
-        return self.buffer[:, dropped : dropped + keys]
+        if keys not in self._keys:
+            dropped = max(0, self.seen - keys)
+            self._keys[keys] = self.buffer[:, dropped : dropped + keys]
+        return self._keys[keys]

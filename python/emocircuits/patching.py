@@ -2,7 +2,7 @@
 
 While a model is patched, three things differ from the model left alone, all undone on exit:
 
-- its text decoder uses our attention function, which hands unedited layers to the stock one;
+- if the plan edits attention, the decoder uses our attention function, which hands unedited layers to the stock one;
 - modules that the plan edits carry a hook or a site; modules it does not edit carry nothing;
 - the backbone has a pre-hook that finds the roles of the tokens (:mod:`emocircuits.context`).
 """
@@ -27,11 +27,11 @@ from emocircuits.tables import LayerTables, check, compile_plan
 from emokernels import Role
 from emokernels.attention import run as run_attention
 from emokernels.backends import resolve
-from emokernels.edits import run_edit_neurons
 
 log = logging.getLogger(__name__)
 
 MARK = "_emocircuits_patched"
+ATTENTION, NEURONS = "attention", "neurons"
 Tap = Callable[["Tapped"], None]
 
 
@@ -107,7 +107,7 @@ class Patched:
         self.tables: dict[int, LayerTables] = {}
         self._filled: tuple[Plan, int] | None = None
         self._undo: list[Callable[[], Any]] = []
-        self._hooked: set[tuple[int, str]] = set()
+        self._installed: set[tuple[int, str]] = set()
 
     # -- checks --------------------------------------------------------------------------------------------------
     def _check(self, plan: Plan) -> None:
@@ -146,7 +146,7 @@ class Patched:
     def _restore(self) -> None:
         while self._undo:
             self._undo.pop()()
-        self.tables, self._filled, self._hooked = {}, None, set()
+        self.tables, self._filled, self._installed = {}, None, set()
         self.context.reset()
 
     def _hook(self, register: Callable[..., Any], hook: Callable[..., Any], **options: Any) -> None:
@@ -155,17 +155,10 @@ class Patched:
     def _install(self) -> None:
         handle = self.handle
         self._hook(handle.backbone.register_forward_pre_hook, self._before_forward, with_kwargs=True)
-        if handle.model is not handle.backbone:
-            self._hook(handle.model.register_forward_pre_hook, self._before_model, with_kwargs=True)
         if hasattr(self.model, "generate"):
             self.model.__dict__["generate"] = functools.partial(_generate, self, getattr(self.model, "generate"))  # noqa: B009
             self._undo.append(lambda: self.model.__dict__.pop("generate"))
-        self._switch_attention()
-        for layer in range(handle.geometry.layers):
-            module = handle.attentions[layer]
-            module.__dict__[hf_attention.SITE] = _AttentionSite(self, layer)
-            self._undo.append(functools.partial(module.__dict__.pop, hf_attention.SITE))
-        self._install_hooks(self.plan)
+        self._install_places(self.plan)
 
     def _switch_attention(self) -> None:
         config = self.handle.text_config
@@ -190,28 +183,33 @@ class Patched:
         if old not in ("sdpa", "eager"):
             log.info("unedited layers run on SDPA while the model is patched (the model was loaded with %s)", old)
 
-    def _install_hooks(self, plan: Plan) -> None:
-        """Hooks for neurons and vectors, on the modules that ``plan`` edits and on no other."""
+    def _install_places(self, plan: Plan) -> None:
+        """Sites and hooks on the modules that ``plan`` edits and on no other."""
         handle = self.handle
         modules = {"resid_post": handle.layers, "attn_out": handle.attentions, "mlp_out": handle.mlps}
-        for place in sorted(_places(plan) - self._hooked):
-            layer, kind = place
-            if kind == "neurons":
+        places = _places(plan)
+        if self.tap is not None:
+            places |= {(layer, ATTENTION) for layer in range(handle.geometry.layers)}
+        if any(kind == ATTENTION for _, kind in places) and not any(kind == ATTENTION for _, kind in self._installed):
+            self._switch_attention()
+        for layer, kind in sorted(places - self._installed):
+            if kind == ATTENTION:
+                own = handle.attentions[layer].__dict__
+                own[hf_attention.SITE] = _AttentionSite(self, layer)
+                self._undo.append(functools.partial(own.pop, hf_attention.SITE))
+            elif kind == NEURONS:
                 edit_neurons = functools.partial(self._edit_neurons, layer)
                 self._hook(handle.down_projections[layer].register_forward_pre_hook, edit_neurons)
-                continue
-            edit = functools.partial(self._edit_vector, layer, cast(Site, kind))
-            if kind == "resid_pre":
-                hook = functools.partial(_on_input, edit)
-                self._hook(handle.layers[layer].register_forward_pre_hook, hook, with_kwargs=True)
             else:
-                self._hook(modules[kind][layer].register_forward_hook, functools.partial(_on_output, edit))
-        self._hooked |= _places(plan)
+                edit = functools.partial(self._edit_vector, layer, cast(Site, kind))
+                if kind == "resid_pre":
+                    hook = functools.partial(_on_input, edit)
+                    self._hook(handle.layers[layer].register_forward_pre_hook, hook, with_kwargs=True)
+                else:
+                    self._hook(modules[kind][layer].register_forward_hook, functools.partial(_on_output, edit))
+        self._installed |= places
 
     # -- during a forward pass -----------------------------------------------------------------------------------
-    def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        _refuse_attentions(module, kwargs)
-
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         _refuse_attentions(module, kwargs)
         if args:
@@ -252,7 +250,7 @@ class Patched:
         tables = self.tables.get(layer)
         if tables is None or tables.neurons is None or self.context.phases.isdisjoint(tables.neuron_phases):
             return None
-        return (run_edit_neurons(args[0], tables.neurons.edits(self.context.rows, self.context.prefill)), *args[1:])
+        return (tables.neurons.apply(args[0], self.context.rows, self.context.prefill), *args[1:])
 
     def _edit_vector(self, layer: int, site: Site, hidden: Tensor) -> Tensor:
         tables = self.tables.get(layer)
@@ -268,7 +266,7 @@ class Patched:
             ValueError, NotImplementedError: as :func:`patch`; the old plan then stays in force.
         """
         self._check(plan)
-        self._install_hooks(plan)
+        self._install_places(plan)
         self.plan = plan
 
 
@@ -312,10 +310,15 @@ def _configs(model: nn.Module) -> list[Any]:
 
 
 def _places(plan: Plan) -> set[tuple[int, str]]:
-    """(layer, ``"neurons"`` or a vector site) of every module that needs a hook."""
-    neurons = {(layer, "neurons") for e in plan if isinstance(e, ScaleNeurons) for layer in e.layers_used()}
-    vectors = {(layer, e.site) for e in plan if isinstance(e, AddVector | ReplaceVector) for layer in e.layers}
-    return neurons | vectors
+    """(layer, what is edited there): ``ATTENTION``, ``NEURONS`` or a vector site."""
+    places: set[tuple[int, str]] = set()
+    for edit in plan:
+        if isinstance(edit, AddVector | ReplaceVector):
+            kind: str = edit.site
+        else:
+            kind = NEURONS if isinstance(edit, ScaleNeurons) else ATTENTION
+        places |= {(layer, kind) for layer in edit.layers_used()}
+    return places
 
 
 def _on_input(

@@ -39,13 +39,14 @@ def prompt_roles(input_ids: Tensor, real: Tensor | None, placeholders: Sequence[
     return torch.where((columns == last) & real, int(Role.LAST), roles).to(torch.uint8)
 
 
-def real_tokens(attention_mask: object, length: int) -> Tensor | None:
-    """``[B, N]`` bool of non-padding columns, from a mask as Hugging Face models receive it.
+def real_tokens(attention_mask: object, start: int, length: int) -> Tensor | None:
+    """``[B, N]`` bool of non-padding columns from ``start``, from a mask as Hugging Face models receive it.
 
     Args:
-        attention_mask: None, ``[B, >= N]``, ``[B, 1, N, K]`` (bool: True attends; float: additive), or a dict of such
-            masks by layer type.
-        length: N, the number of prompt columns.
+        attention_mask: None, ``[B, >= start + N]``, ``[B, 1, N, K]`` (bool: True attends; float: additive), or a
+            dict of such masks by layer type.
+        start: first column, 0 unless a prompt continues on a filled cache.
+        length: N, the number of columns.
     """
     if isinstance(attention_mask, dict):
         attention_mask = attention_mask.get("full_attention", next(iter(attention_mask.values()), None))
@@ -55,14 +56,14 @@ def real_tokens(attention_mask: object, length: int) -> Tensor | None:
         raise TypeError(
             f"attention_mask is {type(attention_mask).__name__}"
             + (f" of shape {tuple(attention_mask.shape)}" if isinstance(attention_mask, Tensor) else "")
-            + ": expected [B, N], [B, 1, N, K] or None"
+            + ": expected [B, tokens], [B, 1, N, K] or None"
         )
     if attention_mask.ndim == 2:
-        return attention_mask[:, :length].bool()
+        return attention_mask[:, start : start + length].bool()
     # A column is real when any row of the prompt attends to it; a causal mask hides none of them for good.
     visible = (
         attention_mask
         if attention_mask.dtype == torch.bool
         else attention_mask > torch.finfo(attention_mask.dtype).min / 2
     )
-    return visible[:, 0, -length:, :length].any(-2)
+    return visible[:, 0, -length:, start : start + length].any(-2)

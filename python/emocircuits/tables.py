@@ -22,6 +22,7 @@ from emocircuits.edits import (
 from emocircuits.families import Geometry
 from emocircuits.plan import Plan
 from emokernels import HeadEdits, NeuronEdits, Role, Routes
+from emokernels.edits import run_edit_neurons
 
 R = len(Role)
 GENERATED = int(Role.GENERATED)
@@ -87,21 +88,25 @@ class NeuronTable:
     scale: Tensor
 
     @functools.cached_property
-    def uniform(self) -> NeuronEdits | None:
-        """The edits that serve every token, when all roles have the same factors."""
-        same = bool((self.scale == self.scale[:, :1]).all())
-        return NeuronEdits(self.index, scale=self.scale[:, :1]) if same else None
+    def uniform(self) -> bool:
+        """All roles have the same factors."""
+        return bool((self.scale == self.scale[:, :1]).all())
+
+    def apply(self, activations: Tensor, query_roles: Tensor, prefill: bool) -> Tensor:
+        """Edit ``activations [B, N, I]``; the input is left alone."""
+        if prefill and not self.uniform:
+            return run_edit_neurons(activations, NeuronEdits(self.index, scale=by_row(self.scale, query_roles)))
+        # One product with a row of factors reads and writes what a copy would, and exact ones change nothing.
+        width = activations.shape[-1]
+        if width not in self._rows:
+            row = self.scale.new_ones(self.scale.shape[0], 1, width)
+            row[..., self.index] = self.scale[:, GENERATED : GENERATED + 1]
+            self._rows[width] = row
+        return (activations * self._rows[width]).to(activations.dtype)
 
     @functools.cached_property
-    def decode(self) -> NeuronEdits:
-        """The edits of generated rows."""
-        return NeuronEdits(self.index, scale=self.scale[:, GENERATED : GENERATED + 1])
-
-    def edits(self, query_roles: Tensor, prefill: bool) -> NeuronEdits:
-        """The table spread over the rows of one forward pass."""
-        if self.uniform is not None:
-            return self.uniform
-        return NeuronEdits(self.index, scale=by_row(self.scale, query_roles)) if prefill else self.decode
+    def _rows(self) -> dict[int, Tensor]:
+        return {}
 
 
 @dc.dataclass(frozen=True)

@@ -60,18 +60,15 @@ def test_visual_plan_on_a_text_only_model():
         text(**models.prompt(text, 3, 4, []))
 
 
-def test_output_attentions(model):
-    inputs = models.prompt(model, 3, 5)
-    refused(
-        model, ValueError, "output_attentions.*attention_weights", VISUAL, lambda m: m(**inputs, output_attentions=True)
-    )
-    refused(
-        model,
-        ValueError,
-        "output_attentions",
-        VISUAL,
-        lambda m: m.generate(**inputs, output_attentions=True, return_dict_in_generate=True),
-    )
+@pytest.mark.parametrize("family", ["llava", "llava_next", "llava_onevision", "text"])
+def test_output_attentions(family):
+    model = models.build(family)
+    inputs = models.prompt(model, 3, 5, [] if family == "text" else None)
+    model.generate(**inputs, max_new_tokens=1)
+    plan = Plan([ScaleHead([(0, 0)], by=0.0)])
+    refused(model, ValueError, "output_attentions", plan, lambda m: m(**inputs, output_attentions=True))
+    options = {"output_attentions": True, "return_dict_in_generate": True}
+    refused(model, ValueError, "output_attentions", plan, lambda m: m.generate(**inputs, **options))
 
 
 @pytest.mark.parametrize("options", [{"num_beams": 2}, {"prompt_lookup_num_tokens": 2}, {"prefill_chunk_size": 4}])
