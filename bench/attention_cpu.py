@@ -2,9 +2,10 @@
 
     python bench/attention_cpu.py [--quick] [--check] [--json FILE] [--threads N]
 
-Both run in one process, one call after the other in turn, and the number reported is the median of the ratios of such pairs
-with its 95 % bootstrap interval: what a shared machine does to one side it mostly does to the other. Before anything is
-timed, outputs are compared with plain float64 arithmetic. --check exits with 1 when a median ratio exceeds 1.15.
+Both run in one process, one call after the other in turn, and the number reported is the median of the ratios of such
+pairs with its 95 % bootstrap interval: what a shared machine does to one side it mostly does to the other. Before
+anything is timed, outputs are compared with plain float64 arithmetic. --check exits with 1 when a median ratio exceeds
+1.15.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def cases(quick: bool) -> list[Case]:
 
 
 def small_cases() -> list[Case]:
-    """The embedded model's decode step, where calls cost more than arithmetic: reported in microseconds, not as a ratio."""
+    """The embedded model's decode step, where calls cost more than arithmetic: reported in microseconds."""
     return [Case("decode", 100, 8, 4, 16, torch.float32, "all", ("gain",), batch) for batch in (1, 16, 64)]
 
 
@@ -95,7 +96,7 @@ def inputs(case: Case) -> tuple[tuple[torch.Tensor, ...], torch.Tensor, emo.Rout
 
 
 def error(case: Case, z: torch.Tensor) -> tuple[float, float]:
-    """RMS error of z against float64 on a sample of heads and rows, and that of stock attention on the plain problem."""
+    """RMS error of z against float64 on some heads and rows, and that of stock attention without routes."""
     (q, k, v), roles, routes = inputs(case)
     n, keys = q.shape[2], k.shape[2]
     rows = torch.tensor(sorted({0, n // 3, n - 2, n - 1} & set(range(n))))

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..problem import Problem
 from ..routes import ROLES
 from .layout import known_runs
+from .softmax import additive, finish
 from .tables import Alike
 
 MAX_SLICES = 12
@@ -69,16 +70,13 @@ def attend_step(
     if problem.window and problem.window < s.shape[3]:
         s[..., : s.shape[3] - problem.window] = -torch.inf
     if problem.mask is not None:
-        s = _masked(s, problem.mask, key_heads, share)
+        mask = problem.mask
+        s += additive(mask if mask.shape[1] == 1 else mask.reshape(-1, key_heads, share, mask.shape[3]), s.dtype)
     p = torch.softmax(s, -1)
     lse = None
     if need_lse or may_be_empty:
-        top = s.amax(-1)
-        empty = top == -torch.inf
-        if may_be_empty:
-            p.masked_fill_(empty.unsqueeze(-1), 0.0)
-        if need_lse:
-            lse = (top - p.amax(-1).log_()).masked_fill_(empty, -torch.inf).view(batch, heads, 1)
+        lse = finish(p, s.amax(-1), may_be_empty, need_lse)
+        lse = None if lse is None else lse.view(batch, heads, 1)
     if weights:
         gain = _row(problem.gain, dst, key_heads, share, wide)
         for src, start, stop in weights:
@@ -94,12 +92,3 @@ def _row(table: Tensor | None, dst: int, key_heads: int, share: int, wide: torch
         return None
     row = table.select(2, dst).view(table.shape[0], key_heads, share, ROLES)
     return row if row.dtype == wide else row.to(wide)
-
-
-def _masked(s: Tensor, mask: Tensor, key_heads: int, share: int) -> Tensor:
-    """`s` ``[B, Hkv, G, K]`` with the mask ``[B|1, 1|H, 1, K]`` applied."""
-    if mask.shape[1] != 1:
-        mask = mask.reshape(mask.shape[0], key_heads, share, mask.shape[3])
-    if mask.dtype == torch.bool:
-        return s.masked_fill_(~mask, -torch.inf)
-    return s.add_(mask.to(s.dtype).masked_fill(mask <= torch.finfo(mask.dtype).min, -torch.inf))

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..problem import Problem
 from .lookup import Lookup
+from .softmax import additive, finish
 
 TILE = 1 << 19
 """Scores in one tile (2 MB of float32): fits the second-level cache of a CPU with room for keys and values."""
@@ -125,14 +126,7 @@ class Tiles:
         p = torch.softmax(s, -1)
         lse = None
         if need_lse or self.may_be_empty:
-            top = s.amax(-1)
-            if self.may_be_empty:
-                p.masked_fill_((top == -torch.inf).unsqueeze(-1), 0.0)
-            if need_lse:
-                # The largest weight is exp(top - lse), at least 1 / K: no cancellation, and no second exp per score.
-                lse = top - p.amax(-1).log_()
-                if self.may_be_empty:
-                    lse.masked_fill_(top == -torch.inf, -torch.inf)
+            lse = finish(p, s.amax(-1), self.may_be_empty, need_lse)
         if self.lookup is not None and self.problem.gain is not None:
             self.lookup.weigh(p, cut, self.heads(cut))
         v = self.v
@@ -148,18 +142,13 @@ class Tiles:
         n, keys = cut.i1 - cut.i0, cut.j1 - cut.j0
         if problem.causal and n > 1:
             # Only the last n keys of a tile reach past the diagonal of some row.
-            later = torch.ones(n, n, dtype=torch.bool, device=s.device).triu_(1)
-            s[..., keys - n :].masked_fill_(later, -torch.inf)
+            s[..., keys - n :] += torch.full((n, n), -torch.inf, dtype=s.dtype, device=s.device).triu_(1)
         if problem.window and keys > problem.window:
             i = torch.arange(cut.i0, cut.i1, device=s.device)[:, None] + self.offset
             j = torch.arange(cut.j0, cut.j1, device=s.device)[None, :]
-            s.masked_fill_(j <= i - problem.window, -torch.inf)
+            s += additive(j > i - problem.window, s.dtype)
         mask = problem.mask
         if mask is not None:
             heads = slice(None) if mask.shape[1] == 1 else self.heads(cut)
             rows = slice(None) if mask.shape[0] == 1 else slice(cut.b0, cut.b1)
-            part = mask[rows, heads, cut.i0 : cut.i1, cut.j0 : cut.j1]
-            if mask.dtype == torch.bool:
-                s.masked_fill_(~part, -torch.inf)
-            else:
-                s += part.to(self.wide).masked_fill(part <= torch.finfo(mask.dtype).min, -torch.inf)
+            s += additive(mask[rows, heads, cut.i0 : cut.i1, cut.j0 : cut.j1], s.dtype)
