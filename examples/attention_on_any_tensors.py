@@ -3,8 +3,9 @@
     python examples/attention_on_any_tensors.py
 """
 
-import emokernels as emo
 import torch
+
+import emokernels as emo
 
 torch.manual_seed(0)
 q, k, v = (torch.randn(1, 8, 700, 64) for _ in range(3))
@@ -20,4 +21,5 @@ boosted = emo.attention(q, k, v, roles=roles, routes=emo.Routes(gain=gain))
 
 changed = (boosted.z - plain.z).abs().amax(-1)[0] > 1e-6
 print("heads that changed:", changed.any(-1).nonzero().flatten().tolist())
-print("rows that changed: ", changed[3].nonzero().flatten().min().item(), "to", changed[3].nonzero().flatten().max().item())
+rows = changed[3].nonzero().flatten().tolist()
+print("rows that changed: ", rows[0], "to", rows[-1])

@@ -46,7 +46,7 @@ def _over(stock: Callable[[Any], Callable[..., Any]]) -> Callable[..., tuple[Ten
     ) -> tuple[Tensor, Tensor | None]:
         site: AttentionSite | None = module.__dict__.get(SITE)
         if site is None or not site.active():
-            return stock(module)(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
+            return stock(module)(module, query, key, value, attention_mask, **kwargs)
         return _edited(site, module, query, key, value, attention_mask, **kwargs), None
 
     return forward

@@ -108,7 +108,7 @@ def test_wrong_batch_rows(model):
 def test_patched_twice_and_compiled(model):
     refused(model, ValueError, "already patched", VISUAL, lambda m: patch(m, Plan()).__enter__())
     compiled = torch.compile(models.build("llava"))
-    with pytest.raises(ValueError, match="torch.compile inside"), patch(compiled, Plan()):
+    with pytest.raises(ValueError, match=r"torch.compile inside"), patch(compiled, Plan()):
         pass
 
 
