@@ -1,6 +1,6 @@
 """emokernels without any model: attention over tensors, with a boost of one route of one head.
 
-    python examples/attention_on_any_tensors.py
+python examples/attention_on_any_tensors.py
 """
 
 import torch

@@ -1,6 +1,6 @@
 """One batch, a different intervention in every row: attention knocked out, heads ablated, neurons amplified, nothing.
 
-    python examples/steer_a_batch.py
+python examples/steer_a_batch.py
 """
 
 from emocircuits import BoostRoute, Plan, ScaleHead, ScaleNeurons, embedded, patch
