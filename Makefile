@@ -41,7 +41,10 @@ bench: $(VENV)/.installed ## what an intervention costs on this CPU
 	$(BIN)/python bench/generation.py --check
 
 gpu: ## GPU tests and benchmarks, with the python at hand; installs nothing
-	PYTHONPATH=.:python $(PYTHON) -m pytest -m gpu -p no:cacheprovider tests
+	PYTHONPATH=.:python $(PYTHON) -m pytest -m gpu -p no:cacheprovider tests/gpu
+	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \
+	  && PYTHONPATH=.:python $(PYTHON) bench/generation.py --device cuda --json bench/results/gpu-generation.json \
+	  || echo "no GPU is visible to torch: nothing was timed"
 
 clean: ## remove the environment and what the targets wrote
 	rm -rf $(VENV) demo-out build *.egg-info

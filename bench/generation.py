@@ -1,6 +1,6 @@
 """What VEENA costs a generation of the embedded model: with / without, in one run, pair by pair.
 
-    python bench/generation.py [--check] [--json FILE]
+    python bench/generation.py [--check] [--device cuda] [--json FILE]
 
 The untouched model runs on SDPA, as transformers sets it up. Exit code 1 with --check when a ratio exceeds 1.05.
 """
@@ -28,17 +28,21 @@ def main() -> int:
     parser.add_argument("--pairs", type=int, default=21, help="timed pairs (default 21)")
     parser.add_argument("--tokens", type=int, default=32, help="generated tokens (default 32)")
     parser.add_argument("--check", action="store_true", help=f"exit with 1 when a ratio exceeds {LIMIT}")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--json", metavar="FILE", help="write the results there")
     args = parser.parse_args()
-    model, processor = load_model("embedded", device="cpu")
+    model, processor = load_model("embedded", device=args.device)
     circuit = Circuit.load(embedded.PATH / "circuit.json")
     plan = VEENA(circuit, **circuit.settings["veena"]).plan(model)
     rows = []
-    print(f"VEENA on the embedded model, {torch.get_num_threads()} threads, {args.tokens} tokens, {args.pairs} pairs")
+    print(
+        f"VEENA on the embedded model, {args.device}, {torch.get_num_threads()} threads, {args.tokens} tokens, {args.pairs} pairs"
+    )
     print(f"{'batch':>6} {'without':>12} {'with':>12} {'ratio':>7}  95 % interval")
     for batch in args.batches:
         cases = contradicting(range(FIRST, FIRST + 4), WEAK, seed=1)[:batch]
-        o = overhead(model, Prompts(cases, processor).batches[0], plan, tokens=args.tokens, pairs=args.pairs)
+        inputs = {name: value.to(args.device) for name, value in Prompts(cases, processor).batches[0].items()}
+        o = overhead(model, inputs, plan, tokens=args.tokens, pairs=args.pairs)
         rows.append(o._asdict())
         print(
             f"{batch:>6} {o.without / o.tokens * 1e3:>9.2f} ms {o.with_plan / o.tokens * 1e3:>9.2f} ms "

@@ -50,7 +50,11 @@ class Circuit:
 
     def save(self, path: str | Path) -> Path:
         """Write JSON; an interrupted write leaves the old file."""
-        return write_json(path, {"format": FORMAT, "version": VERSION, **dc.asdict(self)})
+        return write_json(path, self.to_dict())
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a circuit file holds."""
+        return {"format": FORMAT, "version": VERSION, **dc.asdict(self)}
 
     @classmethod
     def load(cls, path: str | Path) -> Circuit:

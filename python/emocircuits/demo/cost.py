@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import Any, NamedTuple
 
@@ -41,13 +42,11 @@ def overhead(
     options: dict[str, Any] = dict(max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
 
     def timed(chosen: Plan | None) -> float:
-        if chosen is None:
+        with contextlib.nullcontext() if chosen is None else patch(model, chosen):
             start = time.perf_counter()
-            model.generate(**inputs, **options)  # type: ignore[operator]
-            return time.perf_counter() - start
-        with patch(model, chosen):
-            start = time.perf_counter()
-            model.generate(**inputs, **options)  # type: ignore[operator]
+            out = model.generate(**inputs, **options)  # type: ignore[operator]
+            if out.is_cuda:
+                torch.cuda.synchronize(out.device)
             return time.perf_counter() - start
 
     for warm in (None, plan):

@@ -20,6 +20,7 @@ from emocircuits.fingerprint import fingerprint
 from emocircuits.loading import load_model
 from emocircuits.measure import attention_weights, images_once
 from emocircuits.plan import Plan
+from emocircuits.veena import VEENA
 from emokernels import Role
 
 PEOPLE = {"rank": 20, "choose": 12, "report": 40}
@@ -120,6 +121,8 @@ def _result(
         }
 
     situations = ("agreeing", "neutral", "full")
+    # The circuit carries the settings that were chosen for it, so that `emocircuits veena` can use it as it is.
+    circuit = dc.replace(found.circuit, settings={**found.circuit.settings, "veena": _fields(chosen.veena)})
     return {
         "hit_rate": block(0),
         "prior_rate": block(1),
@@ -148,7 +151,7 @@ def _result(
             "ena": [t.row() for t in chosen.ena_trials],
             "dose": [t.row() for t in chosen.dose],
         },
-        "circuit": {"format": "emocircuits/circuit", "version": 1, **dc.asdict(found.circuit)},
+        "circuit": circuit.to_dict(),
         "plan": chosen.veena.plan().to_dict(),
         "localization": {
             "pairs": found.pairs,
@@ -165,6 +168,10 @@ def _result(
         "attention": attention,
         "sentences": _sentences(verdict),
     }
+
+
+def _fields(veena: VEENA) -> dict[str, Any]:
+    return {f.name: getattr(veena, f.name) for f in dc.fields(veena) if f.name != "circuit"}
 
 
 def _sentences(verdict: Verdict, count: int = 8) -> list[dict[str, Any]]:
