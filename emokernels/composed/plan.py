@@ -96,7 +96,26 @@ def make_plan(
                     for i0, i1 in _even_parts(a, b, round((b - a) / BLOCK_ROWS))
                 ]
             bands.append(Band(a, b, role, classes.pieces(a, partition), tuple(blocks)))
-    return Plan(tuple(classes.buffers), tuple(bands))
+    return Plan(_needed(classes.buffers, bands), tuple(bands))
+
+
+def _needed(buffers: list[Ranges], bands: list[Band]) -> tuple[Ranges, ...]:
+    """The buffers, cut to what the bands read: often a single range, which needs no copy."""
+    lengths = [0] * len(buffers)
+    for band in bands:
+        for piece in band.pieces:
+            if piece.buffer is not None:
+                lengths[piece.buffer] = max(lengths[piece.buffer], piece.length)
+    cut = []
+    for ranges, length in zip(buffers, lengths, strict=True):
+        kept = []
+        for start, stop in ranges:
+            stop = min(stop, start + length)
+            length -= stop - start
+            if stop > start:
+                kept.append((start, stop))
+        cut.append(tuple(kept))
+    return tuple(cut)
 
 
 def _even_parts(start: int, stop: int, parts: int) -> list[tuple[int, int]]:

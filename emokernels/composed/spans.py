@@ -29,9 +29,6 @@ _plans: Memo[Plan] = Memo(512)
 GATHER_ROWS = 32
 """From this many query rows on, copying scattered keys into one buffer pays."""
 
-CHUNK = 1 << 20
-"""Elements of K that are worked on at a time: several passes over the keys of a few heads find them in the cache."""
-
 Group = tuple[Plan, list[int]]
 
 
@@ -67,28 +64,9 @@ def attend_by_spans(
     wide = torch.float64 if problem.q.dtype == torch.float64 else torch.float32
     z = problem.q.new_empty(batch, n, heads, dim).transpose(1, 2)
     lse = problem.q.new_empty(batch, heads, n, dtype=wide) if need_lse else None
-    share = heads // problem.k.shape[1]
-    width = max(1, CHUNK // (problem.k.shape[2] * dim)) * share
-    for start in range(0, heads, width):
-        some = slice(start, start + width)
-        part = _take_heads(problem, some, slice(start // share, (start + width) // share)) if width < heads else problem
-        for plan, members in groups:
-            _Merger(part, alike, plan, members).run(z[:, some], None if lse is None else lse[:, some])
+    for plan, members in groups:
+        _Merger(problem, alike, plan, members).run(z, lse)
     return z, lse
-
-
-def _take_heads(problem: Problem, some: slice, key_heads: slice) -> Problem:
-    def of(table: Tensor | None) -> Tensor | None:
-        return None if table is None else table[:, some]
-
-    return problem._replace(
-        q=problem.q[:, some],
-        k=problem.k[:, key_heads],
-        v=problem.v[:, key_heads],
-        bias=of(problem.bias),
-        factor=of(problem.factor),
-        gain=of(problem.gain),
-    )
 
 
 class _Rows(NamedTuple):

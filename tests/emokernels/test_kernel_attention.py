@@ -224,6 +224,20 @@ def test_without_routes_with_a_padding_mask_bit_for_bit():
     assert torch.equal(run(q, k, v, mask=mask, causal=False)[0], F.scaled_dot_product_attention(q, *wide, mask))
 
 
+@backends
+@pytest.mark.parametrize("additive", [False, True])
+@pytest.mark.parametrize("n", [1, 20])
+def test_masks_without_routes(backend, additive, n):
+    q, k, v = qkv(batch=2, n=n, keys=20)
+    mask = torch.rand(2, 1, n, 20, generator=torch.Generator().manual_seed(3)) < 0.5
+    mask[1, :, -1] = False
+    if additive:
+        mask = torch.randn(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+    out = emo.attention(q, k, v, mask=mask, backend=backend)
+    assert (out.lse[1, :, -1] == -torch.inf).all()
+    assert_close(out, oracle_of(q, k, v, mask=mask))
+
+
 def eager(q, k, v, roles, routes):
     """What a model's eager attention does with dense tables: products in the model's dtype, softmax in float32."""
     share = q.shape[1] // k.shape[1]
