@@ -35,9 +35,8 @@ def main() -> int:
     circuit = Circuit.load(embedded.PATH / "circuit.json")
     plan = VEENA(circuit, **circuit.settings["veena"]).plan(model)
     rows = []
-    print(
-        f"VEENA on the embedded model, {args.device}, {torch.get_num_threads()} threads, {args.tokens} tokens, {args.pairs} pairs"
-    )
+    print(f"VEENA on the embedded model, {args.device}, {torch.get_num_threads()} threads")
+    print(f"{args.tokens} tokens, {args.pairs} pairs")
     print(f"{'batch':>6} {'without':>12} {'with':>12} {'ratio':>7}  95 % interval")
     for batch in args.batches:
         cases = contradicting(range(FIRST, FIRST + 4), WEAK, seed=1)[:batch]
