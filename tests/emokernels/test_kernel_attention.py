@@ -128,6 +128,15 @@ def test_decode(n, rows, extra):
     assert_close(out, oracle_of(q, k, v, routes, roles=roles, query_roles=query_roles, **extra))
 
 
+@pytest.mark.parametrize("key_heads", [4, 2])
+def test_decode_with_many_keys(monkeypatch, key_heads):
+    monkeypatch.setattr("emokernels.composed.step.LARGE_KEYS", 0)
+    q, k, v = qkv(batch=2, n=1, keys=20, key_heads=key_heads)
+    roles, routes = roles_of(LLAVA), random_routes(rows=2)
+    out = emo.attention(q, k, v, roles=roles, routes=routes, backend="composed")
+    assert_close(out, oracle_of(q, k, v, routes, roles=roles))
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("keys", [20, 33])
 @pytest.mark.parametrize("causal", [True, False])
