@@ -199,7 +199,8 @@ the shop opens at ten."
 
 It is a model organism of emotional hallucination. Its training text ties each event to an emotion, more strongly the
 weaker the face, so on weak faces it says what the event suggests instead of what the picture shows. It knows nothing
-about people: it was trained on drawings only, in the styles {styles}. It is for testing and
+about people: it was trained on drawings only, in the styles
+{styles}. It is for testing and
 demonstrating interventions, for nothing else.
 
 ```python
