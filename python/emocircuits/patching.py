@@ -9,6 +9,8 @@ While a model is patched, three things differ from the model left alone, all und
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses as dc
 import functools
 import logging
 from collections.abc import Callable
@@ -24,7 +26,7 @@ from emocircuits.edits import AddVector, ReplaceVector, ScaleNeurons, Site
 from emocircuits.families import Handle, open_model
 from emocircuits.plan import Plan
 from emocircuits.tables import LayerTables, check, compile_plan
-from emokernels import Role
+from emokernels import Role, Routes
 from emokernels.attention import run as run_attention
 from emokernels.backends import resolve
 
@@ -35,25 +37,20 @@ ATTENTION, NEURONS = "attention", "neurons"
 Tap = Callable[["Tapped"], None]
 
 
+@dc.dataclass(frozen=True)
 class Tapped:
-    """What a tap sees of one attention call: its inputs and the edits made to it."""
+    """What a tap sees of one attention call: its inputs, as in :func:`emokernels.attention`, and the routes."""
 
-    def __init__(
-        self,
-        layer: int,
-        site: _AttentionSite,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        scale: float | None,
-        causal: bool,
-    ) -> None:
-        self.layer, self.q, self.k, self.v, self.mask, self.scale, self.causal = layer, q, k, v, mask, scale, causal
-        tables = site.tables()
-        self.routes = tables.routes if tables else None
-        self.roles = site.patched.context.key_roles(k.shape[2])
-        self.query_roles = site.patched.context.rows
+    layer: int
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    scale: float | None
+    causal: bool
+    routes: Routes | None
+    roles: Tensor
+    query_roles: Tensor
 
 
 class _AttentionSite:
@@ -75,17 +72,17 @@ class _AttentionSite:
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scaling: float | None, causal: bool
     ) -> Tensor:
-        context = self.patched.context
-        if self.patched.tap is not None:
-            self.patched.tap(Tapped(self.layer, self, query, key, value, mask, scaling, causal))
-        tables = self.tables()
+        context, tables = self.patched.context, self.tables()
         routes = heads = None
         if tables is not None and self.edited():
             routes = tables.routes
             heads = None if tables.heads is None else tables.heads.edits(context.rows, context.prefill)
+        roles = context.key_roles(key.shape[2])
+        if self.patched.tap is not None:
+            self.patched.tap(Tapped(self.layer, query, key, value, mask, scaling, causal, routes, roles, context.rows))
         return self.patched.attend(
-            query, key, value, mask=mask, roles=context.key_roles(key.shape[2]), query_roles=context.rows,
-            routes=routes, heads=heads, causal=causal, scale=scaling,
+            query, key, value, mask=mask, roles=roles, query_roles=context.rows, routes=routes, heads=heads,
+            causal=causal, scale=scaling,
         )  # fmt: skip
 
 
@@ -106,7 +103,7 @@ class Patched:
         self.context = Context(self.handle.placeholder_ids(), roles)
         self.tables: dict[int, LayerTables] = {}
         self._filled: tuple[Plan, int] | None = None
-        self._undo: list[Callable[[], Any]] = []
+        self._undo = contextlib.ExitStack()
         self._installed: set[tuple[int, str]] = set()
 
     # -- checks --------------------------------------------------------------------------------------------------
@@ -130,8 +127,7 @@ class Patched:
                 "the model was compiled before patch(); patch the plain model and call torch.compile inside"
             )
         try:
-            model.__dict__[MARK] = self
-            self._undo.append(lambda: model.__dict__.pop(MARK))
+            self._set(model, MARK, self)
             self._install()
         except BaseException:
             self._restore()
@@ -144,20 +140,30 @@ class Patched:
         self._restore()
 
     def _restore(self) -> None:
-        while self._undo:
-            self._undo.pop()()
-        self.tables, self._filled, self._installed = {}, None, set()
-        self.context.reset()
+        try:
+            # Everything is undone, last first, even when undoing one thing fails.
+            self._undo.close()
+        finally:
+            self.tables, self._filled, self._installed = {}, None, set()
+            self.context.reset()
 
     def _hook(self, register: Callable[..., Any], hook: Callable[..., Any], **options: Any) -> None:
-        self._undo.append(register(hook, **options).remove)
+        self._undo.callback(register(hook, **options).remove)
+
+    def _set(self, module: nn.Module, name: str, value: Any) -> None:
+        """Set an attribute of one module object, past ``nn.Module.__setattr__``, until the patch is left."""
+        own = module.__dict__
+        if name in own:
+            self._undo.callback(own.__setitem__, name, own[name])
+        else:
+            self._undo.callback(own.pop, name, None)
+        own[name] = value
 
     def _install(self) -> None:
         handle = self.handle
         self._hook(handle.backbone.register_forward_pre_hook, self._before_forward, with_kwargs=True)
         if hasattr(self.model, "generate"):
-            self.model.__dict__["generate"] = functools.partial(_generate, self, getattr(self.model, "generate"))  # noqa: B009
-            self._undo.append(lambda: self.model.__dict__.pop("generate"))
+            self._set(self.model, "generate", functools.partial(_generate, self, getattr(self.model, "generate")))  # noqa: B009
         self._install_places(self.plan)
 
     def _switch_attention(self) -> None:
@@ -174,7 +180,7 @@ class Patched:
             for c, value in saved:
                 c._attn_implementation_internal = value
 
-        self._undo.append(undo)
+        self._undo.callback(undo)
         getattr(self.model, "set_attn_implementation")(new if name is None else {name: new})  # noqa: B009
         if config._attn_implementation != new:
             raise NotImplementedError(
@@ -194,9 +200,7 @@ class Patched:
             self._switch_attention()
         for layer, kind in sorted(places - self._installed):
             if kind == ATTENTION:
-                own = handle.attentions[layer].__dict__
-                own[hf_attention.SITE] = _AttentionSite(self, layer)
-                self._undo.append(functools.partial(own.pop, hf_attention.SITE))
+                self._set(handle.attentions[layer], hf_attention.SITE, _AttentionSite(self, layer))
             elif kind == NEURONS:
                 edit_neurons = functools.partial(self._edit_neurons, layer)
                 self._hook(handle.down_projections[layer].register_forward_pre_hook, edit_neurons)
@@ -237,9 +241,11 @@ class Patched:
         key = (self.plan, self.context.batch)
         if self._filled is None or self._filled != key:
             parameter = next(self.handle.text.parameters())
-            self.tables = compile_plan(
-                self.plan, self.handle.geometry, self.context.batch, parameter.device, parameter.dtype
-            )
+            # Tables outlive this call; made in inference mode they could not serve a gradient later.
+            with torch.inference_mode(False):
+                self.tables = compile_plan(
+                    self.plan, self.handle.geometry, self.context.batch, parameter.device, parameter.dtype
+                )
             self._filled = key
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:

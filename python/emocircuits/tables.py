@@ -99,8 +99,9 @@ class NeuronTable:
         # One product with a row of factors reads and writes what a copy would, and exact ones change nothing.
         width = activations.shape[-1]
         if width not in self._rows:
-            row = self.scale.new_ones(self.scale.shape[0], 1, width)
-            row[..., self.index] = self.scale[:, GENERATED : GENERATED + 1]
+            with torch.inference_mode(False):  # kept for later calls, which may want gradients
+                row = self.scale.new_ones(self.scale.shape[0], 1, width)
+                row[..., self.index] = self.scale[:, GENERATED : GENERATED + 1]
             self._rows[width] = row
         return (activations * self._rows[width]).to(activations.dtype)
 

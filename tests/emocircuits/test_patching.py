@@ -155,6 +155,33 @@ def test_rows_with_different_plans():
         assert torch.allclose(alone_logits[0], logits[i], rtol=1e-9, atol=1e-9)
 
 
+def test_a_model_that_was_loaded_with_eager_attention():
+    model = models.build("llava", "llama", torch.float64)
+    model.set_attn_implementation("eager")
+    check(model, models.prompt(model, 3, 5), everything())
+    assert model.model.language_model.config._attn_implementation == "eager"
+
+
+def test_gradients_after_a_generation_in_inference_mode():
+    model = models.build("llava", dtype=torch.float64)
+    inputs = models.prompt(model, 3, 5)
+    with patch(model, everything()):
+        with torch.inference_mode():
+            generate(model, inputs)
+        model(**inputs).logits.sum().backward()
+    assert model.model.language_model.layers[0].self_attn.q_proj.weight.grad.abs().sum() > 0
+
+
+def test_what_was_set_on_the_model_object_comes_back():
+    model = models.build("llava")
+    own = model.generate
+    model.generate = lambda *args, **kwargs: own(*args, **kwargs)
+    mine = model.generate
+    with patch(model, everything()):
+        generate(model, models.prompt(model, 3, 5))
+    assert model.generate is mine
+
+
 def test_sliding_window_cache_keeps_roles_aligned():
     model = models.build("llava", "mistral", torch.float64, sliding_window=12)
     check(model, models.prompt(model, 3, 5), everything())
