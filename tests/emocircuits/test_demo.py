@@ -1,30 +1,35 @@
 """The demo's parts and the whole of it, small."""
 
+import contextlib
+import io
 import json
 import re
 
 import numpy as np
 import pytest
 
-from emocircuits import Circuit, Plan
+from emocircuits import VEENA, Circuit, Plan
 from emocircuits.circuits import random_like, steering_vectors
+from emocircuits.cli import main
 from emocircuits.demo import story, summary
 from emocircuits.demo.cases import LEVELS, WEAK, Scores, agreeing, contradicting, identities, neutral
 from emocircuits.embedded import faces, language
-from emocircuits.report.demo import load, save
 from emocircuits.scoring import compare
 
 
 @pytest.fixture(scope="module")
-def result():
-    said = []
-    out = story.tell(people={"rank": 5, "choose": 2, "report": 3}, progress=False, say=said.append)
-    assert len(said) == 4
-    return out
+def told(tmp_path_factory):
+    """The command as a user runs it, on fewer identities: (result printed, folder written)."""
+    out, printed = tmp_path_factory.mktemp("demo"), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(story, "PEOPLE", {"rank": 5, "choose": 2, "report": 3})
+        assert main(["demo", "--json", "--out", str(out)]) == 0
+    return json.loads(printed.getvalue()), out
 
 
 @pytest.mark.slow
-def test_the_story_end_to_end(result, tmp_path):
+def test_the_story_end_to_end(told):
+    result, out = told
     for rates in (result["hit_rate"], result["prior_rate"]):
         assert {"baseline", "veena", "vee", "ena", "random_controls"} <= set(rates)
         for name in ("random_controls", "random_controls_vee", "random_controls_ena"):
@@ -45,14 +50,13 @@ def test_the_story_end_to_end(result, tmp_path):
     )
     assert {t: h for t, h, _ in result["by_intensity"]["baseline"]}[1.0] > result["hit_rate"]["baseline"]
 
-    paths = save(result, tmp_path)
-    assert load(paths["json"]) == json.loads(json.dumps(result))
-    assert Circuit.load(paths["circuit"]).heads
-    assert Plan.load(paths["plan"]).edits
+    assert json.loads((out / "demo.json").read_text()) == result
+    circuit = Circuit.load(out / "circuit.json")
+    assert VEENA(circuit, **circuit.settings["veena"]).plan() == Plan.load(out / "plan.json")
     text = summary.text(result)
     assert "VEENA" in text
     assert ("DOES NOT beat" in text) == (not all(result["beats_controls"].values()))
-    page = paths["page"].read_text()
+    page = (out / "demo.html").read_text()
     own = re.sub(r"<script[^>]*>.*?</script>", "", page, flags=re.S)
     assert not re.search(r"(src|href)\s*=\s*[\"']?(https?:)?//", own), "the page must not need a network"
     assert page.count("plotly-graph-div") >= 7

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +128,3 @@ def _settings(result: dict[str, Any]) -> str:
         f"{v['heads']} heads, beta {v['beta']:g} ({v['reading']}, {v['where']}{last}); "
         f"{v['neurons']} neurons, gamma {v['gamma']:g} ({v['ena_phase']})"
     )
-
-
-def load(path: Path) -> dict[str, Any]:
-    """A result written by :func:`save`, to make its page again."""
-    return dict(json.loads(path.read_text()))
