@@ -3,7 +3,7 @@
 | problem | how |
 |---|---|
 | no route changes anything | `plain`: stock attention as it is |
-| one query per row, one layout | `step`: two products and a softmax |
+| one query per row | `step`: two products and a softmax |
 | long prefill on a CPU | `spans`: stock attention per class of keys, merged |
 | softcap, abs, windows, irregular masks, small or mixed problems, other devices | `tiles`: bounded tiles of scores |
 """
@@ -17,7 +17,7 @@ from .layout import row_bytes
 from .mlp import activate
 from .plain import is_plain, plain, plain_with_lse
 from .spans import attend_by_spans, group_rows
-from .step import attend_step, slices_of
+from .step import Dense, Slices, attend_step, dense_of, slices_of
 from .tables import inspect
 from .tiles import attend_tiled
 from .visible import visible_keys
@@ -53,9 +53,11 @@ def attend(problem: Problem, need_lse: bool = True) -> tuple[Tensor, Tensor | No
     elif n == 1 and queries is not None and len(queries) == 1:
         keys = row_bytes(problem.roles)
         dst = queries[0][0]
-        slices = slices_of(keys[0], dst, alike) if keys is not None and len(keys) == 1 else None
-        if slices is not None:
-            return attend_step(problem, dst, slices, problem.mask is not None or alike.masks, need_lse)
+        where: tuple[Slices, Slices] | Dense | None = None
+        if keys is not None:
+            where = slices_of(keys[0], dst, alike) if len(keys) == 1 else dense_of(keys, dst, alike, problem)
+        if where is not None:
+            return attend_step(problem, dst, where, problem.mask is not None or alike.masks, need_lse)
     return attend_tiled(problem, need_lse)
 
 

@@ -6,6 +6,8 @@ not spending microseconds: a decode step of a small model takes a few of them pe
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -21,8 +23,21 @@ MAX_SLICES = 12
 LARGE_KEYS = 1 << 21
 """Elements of K from which it streams from memory: ``k q^T`` then reads it up to three times as fast as ``q k^T``."""
 
+DENSE_SCORES = 1 << 20
+"""Largest batch of scores whose table values are kept when every row has its own layout."""
+
 Slices = list[tuple[int, int, int]]
 """(source role, start, stop)"""
+
+
+class Dense(NamedTuple):
+    """Table values at every score of keys before `stop`, ``[B, Hkv, G, stop]``; nothing changes from there on."""
+
+    stop: int
+    bias: Tensor | None
+    factor: Tensor | None
+    magnitude: Tensor | None
+    gain: Tensor | None
 
 
 def slices_of(key_bytes: bytes, dst: int, alike: Alike) -> tuple[Slices, Slices] | None:
@@ -38,10 +53,43 @@ def _slices(key_bytes: bytes, dst: int, alike: Alike) -> tuple[Slices, Slices] |
     return logits, [run for run in runs if alike.changes_weights(dst, run[0])]
 
 
+def dense_of(rows: list[bytes], dst: int, alike: Alike, problem: Problem) -> Dense | None:
+    """Table values for rows with different key layouts, as padding makes them; None when there are too many scores.
+
+    Kept for the steps of a generation: the keys that a step appends have a role that usually changes nothing, so the
+    columns up to the last one that does are the same in every step.
+    """
+    idle = bytes(r for r in range(ROLES) if not (alike.changes_logits(dst, r) or alike.changes_weights(dst, r)))
+    stop = max(len(row.rstrip(idle)) for row in rows)
+    heads = problem.q.shape[1]
+    if len(rows) * heads * stop > DENSE_SCORES:
+        return None
+    wide = torch.float64 if problem.q.dtype == torch.float64 else torch.float32
+    columns = tuple(row[:stop] for row in rows)
+    return alike.dense.get((columns, dst, wide, problem.k.shape[1]), lambda: _dense(columns, stop, dst, problem, wide))
+
+
+def _dense(columns: tuple[bytes, ...], stop: int, dst: int, problem: Problem, wide: torch.dtype) -> Dense:
+    roles = torch.frombuffer(bytearray(b"".join(columns)), dtype=torch.uint8).view(len(columns), 1, stop).long()
+    batch, heads, key_heads = len(columns), problem.q.shape[1], problem.k.shape[1]
+
+    def spread(table: Tensor | None) -> Tensor | None:
+        if table is None:
+            return None
+        row = table.detach().select(2, dst).to(wide).expand(batch, heads, ROLES)
+        return row.gather(2, roles.expand(batch, heads, stop)).view(batch, key_heads, heads // key_heads, stop)
+
+    with torch.inference_mode(False):
+        return Dense(stop, *map(spread, (problem.bias, problem.factor, problem.magnitude, problem.gain)))
+
+
 def attend_step(
-    problem: Problem, dst: int, slices: tuple[Slices, Slices], may_be_empty: bool, need_lse: bool
+    problem: Problem, dst: int, where: tuple[Slices, Slices] | Dense, may_be_empty: bool, need_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Z ``[B, H, 1, D]`` and lse ``[B, H, 1]`` for queries that all have role `dst` and share one key layout."""
+    """Z ``[B, H, 1, D]`` and lse ``[B, H, 1]`` for queries that all have role `dst`.
+
+    `where` says which scores the tables change: slices when the rows share one key layout, else `Dense`.
+    """
     q, k, v = problem.q, problem.k, problem.v
     batch, heads, _, dim = q.shape
     key_heads = k.shape[1]
@@ -56,20 +104,17 @@ def attend_step(
     s = s.view(batch, key_heads, share, -1)
     if problem.softcap:
         s = s.div_(problem.softcap).tanh_().mul_(problem.softcap)
-    logits, weights = slices
+    dense = where if isinstance(where, Dense) else None
+    logits, weights = ([], []) if isinstance(where, Dense) else where
+    if dense is not None:
+        _route(s[..., : dense.stop], dense.bias, dense.factor, dense.magnitude)
     if logits:
         bias, factor, magnitude = (
             _row(table, dst, key_heads, share, wide) for table in (problem.bias, problem.factor, problem.magnitude)
         )
         for src, start, stop in logits:
-            part = s[..., start:stop]
-            extra = part.abs().mul_(magnitude[..., src : src + 1]) if magnitude is not None else None
-            if factor is not None:
-                part.mul_(factor[..., src : src + 1])
-            if extra is not None:
-                part.add_(extra)
-            if bias is not None:
-                part.add_(bias[..., src : src + 1])
+            values = (None if t is None else t[..., src : src + 1] for t in (bias, factor, magnitude))
+            _route(s[..., start:stop], *values)
     if problem.window and problem.window < s.shape[3]:
         s[..., : s.shape[3] - problem.window] = -torch.inf
     if problem.mask is not None:
@@ -85,8 +130,21 @@ def attend_step(
         for src, start, stop in weights:
             if gain is not None:
                 p[..., start:stop].mul_(gain[..., src : src + 1])
+    if dense is not None and dense.gain is not None:
+        p[..., : dense.stop].mul_(dense.gain)
     z = torch.bmm(p.view(folded, share, -1), v.reshape(folded, -1, dim)).view(batch, 1, heads, dim)
     return (z.to(problem.q.dtype) if narrow else z).transpose(1, 2), lse
+
+
+def _route(s: Tensor, bias: Tensor | None, factor: Tensor | None, magnitude: Tensor | None) -> None:
+    """``s = factor * s + magnitude * |s| + bias``, in place."""
+    extra = s.abs().mul_(magnitude) if magnitude is not None else None
+    if factor is not None:
+        s.mul_(factor)
+    if extra is not None:
+        s.add_(extra)
+    if bias is not None:
+        s.add_(bias)
 
 
 def _products(q: Tensor, k: Tensor) -> Tensor:

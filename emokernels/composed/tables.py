@@ -37,6 +37,8 @@ class Alike:
     masks: bool
     slices: Memo[Any] = field(default_factory=lambda: Memo(64))
     """Remembered by `step` per layout."""
+    dense: Memo[Any] = field(default_factory=lambda: Memo(4))
+    """Remembered by `step` per batch of layouts."""
 
     def changes_logits(self, dst: int, src: int) -> bool:
         """True when bias, factor or magnitude may differ from the identity on this route."""

@@ -128,6 +128,24 @@ def test_decode(n, rows, extra):
     assert_close(out, oracle_of(q, k, v, routes, roles=roles, query_roles=query_roles, **extra))
 
 
+def test_steps_of_a_padded_batch_follow_their_tables():
+    """Rows with different layouts, keys that grow by one a step, tables refilled in place between steps."""
+    routes = emo.Routes.identity(heads=4, fields=("bias", "gain"), dtype=torch.float64)
+    routes.gain[:, 1, emo.Role.GENERATED, emo.Role.VISUAL] = 2.5
+    routes.bias[:, 2, emo.Role.GENERATED, emo.Role.QUERY] = 0.7
+    for step in range(1, 6):
+        tail = [5] * step
+        roles = roles_of([*LLAVA, *tail], [0, 0, *LLAVA[:-2], *tail], [0, *LLAVA[1:], *tail])
+        if step == 3:
+            routes.gain[:, 1, emo.Role.GENERATED, emo.Role.VISUAL] = 0.25
+        if step == 4:
+            routes.bias[:, 0, emo.Role.GENERATED, emo.Role.GENERATED] = 1.1
+        q, k, v = qkv(batch=3, n=1, keys=roles.shape[1], seed=step)
+        mask = (roles != 0)[:, None, None, :]
+        out = emo.attention(q, k, v, roles=roles, routes=routes, mask=mask, backend="composed")
+        assert_close(out, oracle_of(q, k, v, routes, roles=roles, mask=mask))
+
+
 @pytest.mark.parametrize("key_heads", [4, 2])
 def test_decode_with_many_keys(monkeypatch, key_heads):
     monkeypatch.setattr("emokernels.composed.step.LARGE_KEYS", 0)
