@@ -1,9 +1,9 @@
 """Train the embedded model: ``python -m emocircuits.embedded.train --out DIR``.
 
-Three stages, as one alone does not work at this size. First the vision tower learns attributes (emotion, channels of
+Two stages, as one alone does not work at this size. First the vision tower learns attributes (emotion, channels of
 the expression, hair, clothes, style) through throw-away linear heads; then the whole model learns to answer, with the
-emotion words weighted up, since they are one token in fifteen and the image would otherwise be learned last; then the
-same again at a lower rate, the vision tower no longer held back. Weights are averaged over steps (EMA) in each stage.
+emotion words weighted up, since they are one token in fifteen and the image would otherwise be learned last. Weights
+are averaged over steps (EMA).
 Same seed, machine and thread count give the same weights; another instruction set does not.
 """
 
@@ -50,8 +50,6 @@ class Settings:
     neutral_vision: float = 0.20  # share of neutral faces in a batch of stage one
     neutral_language: float = 0.36  # and of stage two
     weak_language: float = 0.25  # share of emotional faces in stage two that are of intensity 0.35 or less
-    steps_polish: int = 1_500
-    rate_polish: float = 6e-4  # stage three, for the language model and the vision tower alike
     decay: float = 0.05
     threads: int = 2
 
@@ -159,24 +157,22 @@ def train_vision(model: LlavaForConditionalGeneration, faces: Faces, s: Settings
 
 
 def train_language(
-    model: LlavaForConditionalGeneration, faces: Faces, conversations: Conversations, s: Settings, stage: int = 2
+    model: LlavaForConditionalGeneration, faces: Faces, conversations: Conversations, s: Settings
 ) -> dict[str, float]:
-    """Stages two and three: the whole model on answers. Leaves the averaged weights in the model."""
-    steps, rate, late = (
-        (s.steps_language, s.rate_language, s.rate_vision_late) if stage == 2 else (s.steps_polish, s.rate_polish, 1.0)
-    )
-    rng, noise = np.random.default_rng([s.seed, stage]), torch.Generator().manual_seed(s.seed + stage)
+    """Stage two: the whole model on answers. Leaves the averaged weights in the model."""
+    rng, noise = np.random.default_rng([s.seed, 2]), torch.Generator().manual_seed(s.seed + 2)
     tower = list(model.model.vision_tower.parameters())
     known = {id(p) for p in tower}
     rest = [p for p in model.parameters() if id(p) not in known]
+    late = s.rate_language * s.rate_vision_late
     optimizer = _optimizer(
-        [{"params": rest, "peak": rate, "lr": 0.0}, {"params": tower, "peak": rate * late, "lr": 0.0}], s.decay
+        [{"params": rest, "peak": s.rate_language, "lr": 0.0}, {"params": tower, "peak": late, "lr": 0.0}], s.decay
     )
     average, sampler = Average(model, 0.998), Sampler(faces, s.neutral_language, s.weak_language)
     recent: list[tuple[float, float]] = []
-    bar = tqdm(range(steps), desc="language" if stage == 2 else "polish", mininterval=10)
+    bar = tqdm(range(s.steps_language), desc="language", mininterval=10)
     for step in bar:
-        _set_rate(optimizer, cosine(step, steps))
+        _set_rate(optimizer, cosine(step, s.steps_language))
         chosen = sampler.draw(s.batch_language, rng)
         b = conversations.batch(chosen, rng)
         pixels = augment(faces.images[torch.tensor(chosen)], noise)
@@ -233,34 +229,7 @@ def stage_one(model: LlavaForConditionalGeneration, faces: Faces, s: Settings, f
     return record
 
 
-def stages_one_and_two(
-    model: LlavaForConditionalGeneration,
-    faces: Faces,
-    conversations: Conversations,
-    s: Settings,
-    out: Path,
-    resume: bool,
-) -> dict:
-    """Times and losses of the first two stages; the model holds their result."""
-    losses = stage_one(model, faces, s, out / "stage-one.safetensors", resume)
-    clock = Clock()
-    losses |= train_language(model, faces, conversations, s)
-    return {**losses, "language": clock.minutes()}
-
-
-def take(model: LlavaForConditionalGeneration, folder: Path, s: Settings) -> dict:
-    """Put a model saved after stage two into ``model``, if it was trained with the same settings."""
-    record = json.loads((folder / "training.json").read_text())
-    wanted = {k: v for k, v in dc.asdict(s).items() if not k.endswith("polish")}
-    if record["settings"] != wanted:
-        raise ValueError(f"{folder} was trained with {record['settings']}, not {wanted}: leave out --polish-from")
-    saved = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    model.load_state_dict(saved.state_dict())
-    times = {k: (record["wall_minutes"][k], record["cpu_minutes"][k]) for k in ("vision", "language")}
-    return {**{k: record[k] for k in ("vision_training_accuracy", "answer_loss", "emotion_word_loss")}, **times}
-
-
-def train(out: Path, s: Settings, resume: bool = False, polish_from: Path | None = None) -> dict:
+def train(out: Path, s: Settings, resume: bool = False) -> dict:
     """Train and save; returns (and writes to training.json) settings, times and losses."""
     torch.set_num_threads(s.threads)
     torch.use_deterministic_algorithms(True)
@@ -271,15 +240,11 @@ def train(out: Path, s: Settings, resume: bool = False, polish_from: Path | None
     times = {"draw": clock.minutes()}
     model = build_model(len(tokenizer), s.seed).train()
     model.set_attn_implementation("eager")  # with bf16 autocast 2.7 times faster than sdpa on 64 tokens
-    conversations = Conversations(faces, tokenizer, s.conversations)
-    if polish_from is None:
-        losses = stages_one_and_two(model, faces, conversations, s, out, resume)
-    else:
-        losses = take(model, polish_from, s)
-    times |= {name: losses.pop(name) for name in ("vision", "language")}
+    losses = stage_one(model, faces, s, out / "stage-one.safetensors", resume)
+    times["vision"] = losses.pop("vision")
     clock = Clock()
-    losses |= train_language(model, faces, conversations, s, stage=3)
-    times["polish"] = clock.minutes()
+    losses |= train_language(model, faces, Conversations(faces, tokenizer, s.conversations), s)
+    times["language"] = clock.minutes()
     save(model, out)
     record = {
         "settings": dc.asdict(s), "parameters": parameters(model),
@@ -314,14 +279,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m emocircuits.embedded.train", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the trained model")
     parser.add_argument("--resume", action="store_true", help="take stage one from DIR if it finished there")
-    parser.add_argument(
-        "--polish-from", type=Path, metavar="DIR", help="take stages one and two from a model saved there"
-    )
     for field in dc.fields(Settings):
         parser.add_argument("--" + field.name.replace("_", "-"), type=type(field.default), default=field.default)
     a = parser.parse_args()
     settings = Settings(**{f.name: getattr(a, f.name) for f in dc.fields(Settings)})
-    print(json.dumps(train(a.out, settings, a.resume, a.polish_from), indent=1))
+    print(json.dumps(train(a.out, settings, a.resume), indent=1))
 
 
 if __name__ == "__main__":
