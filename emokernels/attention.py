@@ -146,6 +146,20 @@ def run(
     return z, lse
 
 
+def prepare_step(
+    q: Tensor, k: Tensor, v: Tensor, *, roles: Tensor, query_roles: Tensor, routes: Routes, backend: str = "composed"
+) -> composed.Step | None:
+    """Analyse a decode step once, for callers that keep the tables and the roles of a generation frozen.
+
+    The result maps ``(q, k, v, mask, scale)`` to z like `run`, without looking at roles and tables again: until the
+    last step the tables stay unwritten, the keys there are keep their roles, and keys that follow are GENERATED. None
+    when that is not possible (devices other than CPUs, half precision, routes from GENERATED keys, mixed queries).
+    """
+    if backend != "composed":
+        return None
+    return composed.prepare_step(make_problem(q, k, v, roles, query_roles, routes, None, False, None, None, None))
+
+
 def make_problem(
     q: Tensor,
     k: Tensor,

@@ -6,16 +6,19 @@ not spending microseconds: a decode step of a small model takes a few of them pe
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..problem import Problem
-from ..routes import ROLES
-from .layout import known_runs
+from ..routes import ROLES, Role
+from .layout import known_runs, row_bytes
 from .softmax import additive, finish
-from .tables import Alike
+from .tables import Alike, inspect
+
+GENERATED = int(Role.GENERATED)
 
 MAX_SLICES = 12
 """More runs of keys than this that change something are left to the tiles, which gather."""
@@ -81,6 +84,46 @@ def _dense(columns: tuple[bytes, ...], stop: int, dst: int, problem: Problem, wi
 
     with torch.inference_mode(False):
         return Dense(stop, *map(spread, (problem.bias, problem.factor, problem.magnitude, problem.gain)))
+
+
+@dataclass(frozen=True)
+class Step:
+    """A decode step that was analysed once: what `attend_step` needs besides q, k, v and the mask.
+
+    Holds as long as the tables are not written to and the keys that were there keep their roles; keys that are appended
+    must have role `GENERATED`.
+    """
+
+    template: Problem
+    dst: int
+    where: tuple[Slices, Slices] | Dense
+    masks: bool
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        """Z ``[B, H, 1, D]``."""
+        problem = self.template._replace(q=q, k=k, v=v, mask=mask, scale=scale)
+        return attend_step(problem, self.dst, self.where, mask is not None or self.masks, False)[0]
+
+
+def prepare_step(problem: Problem) -> Step | None:
+    """Analyse a decode step for all that follow it; None when later steps need an analysis of their own."""
+    if problem.q.device.type != "cpu" or problem.q.shape[2] != 1 or problem.window or not problem.routed:
+        return None
+    if problem.roles is None or problem.query_roles is None:
+        return None
+    queries, keys = row_bytes(problem.query_roles), row_bytes(problem.roles)
+    if queries is None or keys is None or len(queries) != 1:
+        return None
+    alike, dst = inspect(problem), queries[0][0]
+    if problem.q.element_size() == 2 or alike.changes_logits(dst, GENERATED) or alike.changes_weights(dst, GENERATED):
+        return None
+    where = slices_of(keys[0], dst, alike) if len(keys) == 1 else dense_of(keys, dst, alike, problem)
+    if where is None:
+        return None
+    empty = problem.q.new_empty(0)
+    return Step(
+        problem._replace(q=empty, k=empty, v=empty, roles=None, query_roles=None, mask=None), dst, where, alike.masks
+    )
 
 
 def attend_step(

@@ -27,6 +27,7 @@ class Context:
 
     Attributes:
         prefill: the rows in progress include prompt rows.
+        prompt: a tensor that is another object after every prompt and every part of one that continues.
         phases: ``{"prefill"}``, ``{"decode"}`` or both: a forward pass over a prompt and its answer has rows of both.
     """
 
@@ -34,6 +35,7 @@ class Context:
         self.placeholders = placeholders
         self.given = given
         self.buffer: Tensor | None = None
+        self.prompt = torch.empty(0)
         self.query_roles: Tensor | None = None
         self.seen = 0
         self._keys: dict[int, Tensor] = {}
@@ -76,7 +78,7 @@ class Context:
         prompt = self.expects_prompt if self.generating else past == 0 or length > 1
         self.expects_prompt = False
         if prompt and past == 0:
-            self.buffer = self._prompt(kwargs, batch, 0, length)
+            self.buffer = self.prompt = self._prompt(kwargs, batch, 0, length)
             self._rows(0, length, batch)
             self._phases(prompt=True, answer=self.given is not None and bool((self.given == int(Role.GENERATED)).any()))
             return True
@@ -87,7 +89,8 @@ class Context:
             )
         if prompt:
             self._grow(past + length)
-            self.buffer[:, past : past + length] = self._prompt(kwargs, batch, past, length)[:, :length]
+            self.prompt = self._prompt(kwargs, batch, past, length)
+            self.buffer[:, past : past + length] = self.prompt[:, :length]
         self._rows(past, length, batch)
         # Without a cache every step runs the whole sequence: its prompt rows are prefill again.
         self._phases(prompt=prompt or past == 0, answer=not prompt)

@@ -27,6 +27,7 @@ from emocircuits.families import Handle, open_model
 from emocircuits.plan import Plan
 from emocircuits.tables import LayerTables, check, compile_plan
 from emokernels import Role, Routes
+from emokernels.attention import prepare_step
 from emokernels.attention import run as run_attention
 from emokernels.backends import resolve
 
@@ -58,6 +59,7 @@ class _AttentionSite:
 
     def __init__(self, patched: Patched, layer: int) -> None:
         self.patched, self.layer = patched, layer
+        self.prepared: tuple[LayerTables, Tensor, Callable[..., Tensor] | None] | None = None
 
     def tables(self) -> LayerTables | None:
         return self.patched.tables.get(self.layer)
@@ -78,12 +80,37 @@ class _AttentionSite:
             routes = tables.routes
             heads = None if tables.heads is None else tables.heads.edits(context.rows, context.prefill)
         roles = context.key_roles(key.shape[2])
+        if routes is not None and heads is None and self.patched.tap is None:
+            step = self.step(query, key, value, roles, routes)
+            if step is not None:
+                return step(query, key, value, mask, query.shape[3] ** -0.5 if scaling is None else scaling).transpose(
+                    1, 2
+                )
         if self.patched.tap is not None:
             self.patched.tap(Tapped(self.layer, query, key, value, mask, scaling, causal, routes, roles, context.rows))
         return self.patched.attend(
             query, key, value, mask=mask, roles=roles, query_roles=context.rows, routes=routes, heads=heads,
             causal=causal, scale=scaling,
         )  # fmt: skip
+
+    def step(
+        self, query: Tensor, key: Tensor, value: Tensor, roles: Tensor, routes: Routes
+    ) -> Callable[..., Tensor] | None:
+        """The decode steps of this prompt, analysed at the first of them; None where each needs its own analysis."""
+        context, tables = self.patched.context, self.tables()
+        if context.prefill or query.shape[2] != 1 or context.seen > key.shape[2] or torch.compiler.is_compiling():
+            return None
+        if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+            return None
+        assert tables is not None
+        assert context.buffer is not None
+        # A prompt brings a new role buffer, a refill brings new tables: either makes what was prepared obsolete.
+        if self.prepared is None or self.prepared[0] is not tables or self.prepared[1] is not context.prompt:
+            step = prepare_step(
+                query, key, value, roles=roles, query_roles=context.rows, routes=routes, backend=self.patched.resolved
+            )
+            self.prepared = (tables, context.prompt, step)
+        return self.prepared[2]
 
 
 class Patched:
@@ -102,7 +129,7 @@ class Patched:
         self._check(plan)
         self.context = Context(self.handle.placeholder_ids(), roles)
         self.tables: dict[int, LayerTables] = {}
-        self._filled: tuple[Plan, int] | None = None
+        self._filled: tuple[Plan, int | None] | None = None
         self._undo = contextlib.ExitStack()
         self._installed: set[tuple[int, str]] = set()
 
@@ -165,6 +192,8 @@ class Patched:
         if hasattr(self.model, "generate"):
             self._set(self.model, "generate", functools.partial(_generate, self, getattr(self.model, "generate")))  # noqa: B009
         self._install_places(self.plan)
+        if not self.plan.per_batch():
+            self._fill(1)
 
     def _switch_attention(self) -> None:
         config = self.handle.text_config
@@ -220,7 +249,7 @@ class Patched:
             kwargs = {"input_ids": args[0], **kwargs}
         if self.context.begin(kwargs):
             self._require_visual()
-            self._fill()
+            self._fill(self.context.batch)
 
     def _require_visual(self) -> None:
         roles = self.context.query_roles
@@ -236,16 +265,14 @@ class Patched:
                     "give an image with every prompt, or name the rows that have one (rows=[...])"
                 )
 
-    def _fill(self) -> None:
-        """Compile the plan for the batch at hand, unless that was just done."""
-        key = (self.plan, self.context.batch)
+    def _fill(self, batch: int) -> None:
+        """Compile the plan for a batch of this size, unless that was just done."""
+        key = (self.plan, batch if self.plan.per_batch() else None)
         if self._filled is None or self._filled != key:
             parameter = next(self.handle.text.parameters())
             # Tables outlive this call; made in inference mode they could not serve a gradient later.
             with torch.inference_mode(False):
-                self.tables = compile_plan(
-                    self.plan, self.handle.geometry, self.context.batch, parameter.device, parameter.dtype
-                )
+                self.tables = compile_plan(self.plan, self.handle.geometry, batch, parameter.device, parameter.dtype)
             self._filled = key
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:

@@ -79,6 +79,11 @@ class Plan:
         rows = [max(e.rows) for e in self if e.rows is not None]
         return max(rows) + 1 if rows else None
 
+    def per_batch(self) -> bool:
+        """Whether its tables depend on the size of the batch: edits that name rows, or hold a value for each row."""
+        values = (getattr(e, "value", None) for e in self)
+        return self.batch_rows() is not None or any(v is not None and v.ndim == 4 for v in values)
+
     # -- JSON ----------------------------------------------------------------------------------------------------
     def to_dict(self) -> dict[str, Any]:
         """``{"format", "version", "edits"}`` with plain values only."""

@@ -225,8 +225,9 @@ class _Builder:
             for layer, index in edit.neurons:
                 table = self.neurons.setdefault(layer, {})
                 for i in index:
-                    column = table.setdefault(i, self.full((self.rows, R), 1.0))
-                    column[rows, roles] *= edit.by
+                    if i not in table:
+                        table[i] = self.full((self.rows, R), 1.0)
+                    table[i][rows, roles] *= edit.by
         elif isinstance(edit, AddVector | ReplaceVector):
             self._vector(edit)
 
@@ -237,13 +238,15 @@ class _Builder:
             "logit-abs": ("abs", 0.0, edit.by, False),
             "logit-add": ("bias", 0.0, math.log(edit.by) if edit.by > 0 else -math.inf, False),
         }[edit.reading]
-        rows, dst = self.selection(edit)
-        for layer, head in edit.heads:
+        rows, dst = (index[:, :, None, None] for index in self.selection(edit))
+        src = torch.tensor([int(_role(source)) for source in edit.source])
+        for layer in sorted(edit.layers_used()):
             fields = self.routes.setdefault(layer, {})
-            table = fields.setdefault(field, self.full((self.rows, self.geometry.heads, R, R), start))
-            for source in edit.source:
-                at = (rows, torch.tensor(head), dst, torch.tensor(int(_role(source))))
-                table[at] = table[at] * value if multiply else table[at] + value
+            if field not in fields:
+                fields[field] = self.full((self.rows, self.geometry.heads, R, R), start)
+            heads = torch.tensor([head for at, head in edit.heads if at == layer])[:, None]
+            at = (rows, heads, dst, src)
+            fields[field][at] = fields[field][at] * value if multiply else fields[field][at] + value
 
     def _head(self, edit: ScaleHead | ReplaceHead) -> None:
         heads, dim = self.geometry.heads, self.geometry.head_dim
