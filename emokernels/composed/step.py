@@ -98,9 +98,13 @@ class Step:
     dst: int
     where: tuple[Slices, Slices] | Dense
     masks: bool
+    gains: list[tuple[int, int, Tensor]] | None
+    """Where only weights change: (start, stop, gain ``[B|1, Hkv, G, 1 or stop - start]``)."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         """Z ``[B, H, 1, D]``."""
+        if self.gains is not None and mask is None and k.numel() < LARGE_KEYS:
+            return _weighed(q, k, v, scale, self.gains)
         problem = self.template._replace(q=q, k=k, v=v, mask=mask, scale=scale)
         return attend_step(problem, self.dst, self.where, mask is not None or self.masks, False)[0]
 
@@ -121,9 +125,34 @@ def prepare_step(problem: Problem) -> Step | None:
     if where is None:
         return None
     empty = problem.q.new_empty(0)
-    return Step(
-        problem._replace(q=empty, k=empty, v=empty, roles=None, query_roles=None, mask=None), dst, where, alike.masks
-    )
+    gains = _gains(problem, dst, where)
+    template = problem._replace(q=empty, k=empty, v=empty, roles=None, query_roles=None, mask=None)
+    return Step(template, dst, where, alike.masks, gains)
+
+
+def _gains(problem: Problem, dst: int, where: tuple[Slices, Slices] | Dense) -> list[tuple[int, int, Tensor]] | None:
+    """What `_weighed` multiplies the weights by; None when logits change as well or the problem has more to it."""
+    if isinstance(where, Dense) or where[0] or problem.softcap or problem.gain is None:
+        return None
+    wide = torch.float64 if problem.q.dtype == torch.float64 else torch.float32
+    key_heads = problem.k.shape[1]
+    row = _row(problem.gain.detach(), dst, key_heads, problem.q.shape[1] // key_heads, wide)
+    assert row is not None
+    with torch.inference_mode(False):
+        return [(start, stop, row[..., src : src + 1].clone()) for src, start, stop in where[1]]
+
+
+def _weighed(q: Tensor, k: Tensor, v: Tensor, scale: float, gains: list[tuple[int, int, Tensor]]) -> Tensor:
+    """`attend_step` where only weights change and nothing is masked, in as few calls as it takes."""
+    batch, heads, _, dim = q.shape
+    key_heads, keys = k.shape[1], k.shape[2]
+    folded = batch * key_heads
+    s = torch.bmm((q * scale).reshape(folded, -1, dim), k.reshape(folded, keys, dim).mT)
+    p = torch.softmax(s, -1)
+    weights = p.view(batch, key_heads, -1, keys)
+    for start, stop, gain in gains:
+        weights[..., start:stop].mul_(gain)
+    return torch.bmm(p, v.reshape(folded, keys, dim)).view(batch, 1, heads, dim).transpose(1, 2)
 
 
 def attend_step(

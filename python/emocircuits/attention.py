@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, eager_mask, sdpa_mask
@@ -16,6 +17,7 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 OVER_STOCK = "emokernels"
 OVER_EAGER = "emokernels_on_eager"
 SITE = "_emocircuits_site"
+_SPECIAL = ("s_aux", "position_bias", "cache", "softcap")
 
 
 class AttentionSite(Protocol):
@@ -46,10 +48,24 @@ def _over(stock: Callable[[Any], Callable[..., Any]]) -> Callable[..., tuple[Ten
     ) -> tuple[Tensor, Tensor | None]:
         site: AttentionSite | None = module.__dict__.get(SITE)
         if site is None or not site.active():
+            if stock is _sdpa and attention_mask is None and query.shape[2] == 1 and _is_bare(kwargs):
+                # What the stock function comes down to in a decode step, without its checks.
+                z = scaled_dot_product_attention(
+                    query, key, value, scale=kwargs.get("scaling"), enable_gqa=query.shape[1] != key.shape[1]
+                )
+                return z.transpose(1, 2).contiguous(), None
             return stock(module)(module, query, key, value, attention_mask, **kwargs)
         return _edited(site, module, query, key, value, attention_mask, **kwargs), None
 
     return forward
+
+
+def _sdpa(module: Any) -> Callable[..., Any]:
+    return sdpa_attention_forward
+
+
+def _is_bare(options: dict[str, Any]) -> bool:
+    return not options.get("dropout") and not any(options.get(name) is not None for name in _SPECIAL)
 
 
 def _edited(
@@ -64,7 +80,7 @@ def _edited(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    for name in ("s_aux", "position_bias", "cache", "softcap"):
+    for name in _SPECIAL:
         if kwargs.get(name) is not None:
             raise NotImplementedError(
                 f"attention with {name} cannot be edited yet; remove the edits of layer {_layer(module)}"
@@ -106,7 +122,7 @@ def _mask(**kwargs: Any) -> Tensor | None:
     return sdpa_mask(**kwargs)
 
 
-AttentionInterface.register(OVER_STOCK, _over(lambda module: sdpa_attention_forward))
+AttentionInterface.register(OVER_STOCK, _over(_sdpa))
 AttentionMaskInterface.register(OVER_STOCK, _mask)
 AttentionInterface.register(OVER_EAGER, _over(_eager))
 AttentionMaskInterface.register(OVER_EAGER, eager_mask)

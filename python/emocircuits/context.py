@@ -37,7 +37,7 @@ class Context:
         self.buffer: Tensor | None = None
         self.prompt = torch.empty(0)
         self.query_roles: Tensor | None = None
-        self.seen = 0
+        self._first = self.seen = 0
         self._keys: dict[int, Tensor] = {}
         self.prefill = True
         self.phases = PHASES[True, False]
@@ -52,10 +52,12 @@ class Context:
     @property
     def rows(self) -> Tensor:
         """Roles ``[B, N]`` of the rows of the forward pass in progress."""
-        if self.query_roles is None:
+        if self.buffer is None:
             raise ValueError(
                 "a layer ran before the roles of the prompt were known; call the whole model, not a part of it"
             )
+        if self.query_roles is None:
+            self.query_roles = self.buffer[:, self._first : self.seen]
         return self.query_roles
 
     def reset(self) -> None:
@@ -135,8 +137,8 @@ class Context:
                 "keep the rows of a batch together until its generation ends"
             )
         self._grow(past + length)
-        self.query_roles = self.buffer[:, past : past + length]
-        self.seen = past + length
+        self.query_roles = None  # sliced when a layer asks
+        self._first, self.seen = past, past + length
         self._keys = {}
 
     def _grow(self, columns: int) -> None:

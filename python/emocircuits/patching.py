@@ -3,7 +3,7 @@
 While a model is patched, three things differ from the model left alone, all undone on exit:
 
 - if the plan edits attention, the decoder uses our attention function, which hands unedited layers to the stock one;
-- modules that the plan edits carry a hook or a site; modules it does not edit carry nothing;
+- modules that the plan edits carry a hook, a site or a wrapped forward; modules it does not edit carry nothing;
 - the backbone has a pre-hook that finds the roles of the tokens (:mod:`emocircuits.context`).
 """
 
@@ -75,17 +75,22 @@ class _AttentionSite:
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scaling: float | None, causal: bool
     ) -> Tensor:
         context, tables = self.patched.context, self.tables()
+        if self.prepared is not None and self.may_step(query, key, value):
+            prepared_tables, prompt, step = self.prepared
+            if step is not None and prepared_tables is tables and prompt is context.prompt:
+                scale = query.shape[3] ** -0.5 if scaling is None else scaling
+                return step(query, key, value, mask, scale).transpose(1, 2)
         routes = heads = None
         if tables is not None and self.edited():
             routes = tables.routes
             heads = None if tables.heads is None else tables.heads.edits(context.rows, context.prefill)
         roles = context.key_roles(key.shape[2])
-        if routes is not None and heads is None and self.patched.tap is None:
-            step = self.step(query, key, value, roles, routes)
-            if step is not None:
-                return step(query, key, value, mask, query.shape[3] ** -0.5 if scaling is None else scaling).transpose(
-                    1, 2
-                )
+        if tables is not None and routes is not None and heads is None and self.may_step(query, key, value):
+            # A prompt brings a new role buffer, a refill new tables: either makes what was prepared obsolete.
+            step = prepare_step(
+                query, key, value, roles=roles, query_roles=context.rows, routes=routes, backend=self.patched.resolved
+            )
+            self.prepared = (tables, context.prompt, step)
         if self.patched.tap is not None:
             self.patched.tap(Tapped(self.layer, query, key, value, mask, scaling, causal, routes, roles, context.rows))
         return self.patched.attend(
@@ -93,24 +98,17 @@ class _AttentionSite:
             causal=causal, scale=scaling,
         )  # fmt: skip
 
-    def step(
-        self, query: Tensor, key: Tensor, value: Tensor, roles: Tensor, routes: Routes
-    ) -> Callable[..., Tensor] | None:
-        """The decode steps of this prompt, analysed at the first of them; None where each needs its own analysis."""
-        context, tables = self.patched.context, self.tables()
-        if context.prefill or query.shape[2] != 1 or context.seen > key.shape[2] or torch.compiler.is_compiling():
-            return None
-        if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-            return None
-        assert tables is not None
-        assert context.buffer is not None
-        # A prompt brings a new role buffer, a refill brings new tables: either makes what was prepared obsolete.
-        if self.prepared is None or self.prepared[0] is not tables or self.prepared[1] is not context.prompt:
-            step = prepare_step(
-                query, key, value, roles=roles, query_roles=context.rows, routes=routes, backend=self.patched.resolved
-            )
-            self.prepared = (tables, context.prompt, step)
-        return self.prepared[2]
+    def may_step(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
+        """Whether this call is a decode step that can run as it was prepared at an earlier one of the same prompt."""
+        context = self.patched.context
+        return (
+            query.shape[2] == 1
+            and not context.prefill
+            and context.seen <= key.shape[2]
+            and self.patched.tap is None
+            and not torch.compiler.is_compiling()
+            and not (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad))
+        )
 
 
 class Patched:
@@ -231,8 +229,9 @@ class Patched:
             if kind == ATTENTION:
                 self._set(handle.attentions[layer], hf_attention.SITE, _AttentionSite(self, layer))
             elif kind == NEURONS:
-                edit_neurons = functools.partial(self._edit_neurons, layer)
-                self._hook(handle.down_projections[layer].register_forward_pre_hook, edit_neurons)
+                # Its own forward, wrapped: a hook would send every call of the module down torch's slow path.
+                module = handle.down_projections[layer]
+                self._set(module, "forward", functools.partial(self._edit_neurons, layer, module.forward))
             else:
                 edit = functools.partial(self._edit_vector, layer, cast(Site, kind))
                 if kind == "resid_pre":
@@ -252,9 +251,9 @@ class Patched:
             self._fill(self.context.batch)
 
     def _require_visual(self) -> None:
-        roles = self.context.query_roles
-        if roles is None or Role.VISUAL not in self.plan.roles_used():
+        if Role.VISUAL not in self.plan.roles_used():
             return
+        roles = self.context.rows
         missing = (~(roles == int(Role.VISUAL)).any(-1)).nonzero().flatten().tolist()
         for i, edit in enumerate(self.plan):
             rows = [r for r in missing if edit.rows is None or r in edit.rows]
@@ -279,11 +278,11 @@ class Patched:
         """Edited attention: ``[B, N, H, D]`` from Hugging Face's ``[B, H, N, D]`` inputs."""
         return run_attention(query, key, value, backend=self.resolved, **options)[0].transpose(1, 2)
 
-    def _edit_neurons(self, layer: int, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def _edit_neurons(self, layer: int, forward: Callable[..., Tensor], activations: Tensor) -> Tensor:
         tables = self.tables.get(layer)
         if tables is None or tables.neurons is None or self.context.phases.isdisjoint(tables.neuron_phases):
-            return None
-        return (tables.neurons.apply(args[0], self.context.rows, self.context.prefill), *args[1:])
+            return forward(activations)
+        return forward(tables.neurons.apply(activations, self.context))
 
     def _edit_vector(self, layer: int, site: Site, hidden: Tensor) -> Tensor:
         tables = self.tables.get(layer)

@@ -9,6 +9,7 @@ import math
 import torch
 from torch import Tensor
 
+from emocircuits.context import Context
 from emocircuits.edits import (
     AddVector,
     BoostRoute,
@@ -92,10 +93,10 @@ class NeuronTable:
         """All roles have the same factors."""
         return bool((self.scale == self.scale[:, :1]).all())
 
-    def apply(self, activations: Tensor, query_roles: Tensor, prefill: bool) -> Tensor:
+    def apply(self, activations: Tensor, context: Context) -> Tensor:
         """Edit ``activations [B, N, I]``; the input is left alone."""
-        if prefill and not self.uniform:
-            return run_edit_neurons(activations, NeuronEdits(self.index, scale=by_row(self.scale, query_roles)))
+        if context.prefill and not self.uniform:
+            return run_edit_neurons(activations, NeuronEdits(self.index, scale=by_row(self.scale, context.rows)))
         # One product with a row of factors reads and writes what a copy would, and exact ones change nothing.
         width = activations.shape[-1]
         if width not in self._rows:
@@ -103,7 +104,8 @@ class NeuronTable:
                 row = self.scale.new_ones(self.scale.shape[0], 1, width)
                 row[..., self.index] = self.scale[:, GENERATED : GENERATED + 1]
             self._rows[width] = row
-        return (activations * self._rows[width]).to(activations.dtype)
+        edited = activations * self._rows[width]
+        return edited if edited.dtype == activations.dtype else edited.to(activations.dtype)
 
     @functools.cached_property
     def _rows(self) -> dict[int, Tensor]:
