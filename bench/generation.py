@@ -2,9 +2,9 @@
 
     python bench/generation.py [--check] [--device cuda] [--json FILE]
 
-The untouched model runs on SDPA, as transformers sets it up. Exit code 1 with --check when the ratio of the largest batch
-(the demo's is 32) exceeds 1.05; a token of this small model takes about a millisecond at batch 1, so that a few dozen
-microseconds show there.
+The untouched model runs on SDPA, as transformers sets it up. Exit code 1 with --check when the ratio of the largest
+batch (the demo's is 32) exceeds 1.05; a token of this small model takes about a millisecond at batch 1, so that a few
+dozen microseconds show there.
 """
 
 from __future__ import annotations
