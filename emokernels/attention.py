@@ -151,13 +151,20 @@ def prepare_step(
 ) -> composed.Step | None:
     """Analyse a decode step once, for callers that keep the tables and the roles of a generation frozen.
 
-    The result maps ``(q, k, v, mask, scale)`` to z like `run`, without looking at roles and tables again: until the
+    The result maps ``(q, k, v, step_mask(mask), scale)`` to z, without looking at roles and tables again: until the
     last step the tables stay unwritten, the keys there are keep their roles, and keys that follow are GENERATED. None
     when that is not possible (devices other than CPUs, half precision, routes from GENERATED keys, mixed queries).
     """
     if backend != "composed":
         return None
     return composed.prepare_step(make_problem(q, k, v, roles, query_roles, routes, None, False, None, None, None))
+
+
+def step_mask(mask: Tensor | None, dtype: torch.dtype) -> composed.StepMask | None:
+    """The mask of a decode step as prepared steps take it; make it once and give it to every layer of the step."""
+    return (
+        None if mask is None else composed.StepMask.of(mask, torch.float64 if dtype == torch.float64 else torch.float32)
+    )
 
 
 def make_problem(

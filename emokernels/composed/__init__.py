@@ -5,7 +5,7 @@
 | no route changes anything | `plain`: stock attention as it is |
 | one query per row | `step`: two products and a softmax |
 | long prefill on a CPU | `spans`: stock attention per class of keys, merged |
-| short prefill of which few rows change | `rows`: stock attention, and tiles for those rows |
+| short prefill whose end changes | `rows`: stock attention up to there, then tiles |
 | softcap, abs, windows, irregular masks, mixed problems, other devices | `tiles`: bounded tiles of scores |
 """
 
@@ -17,14 +17,14 @@ from ..problem import Problem
 from .layout import row_bytes
 from .mlp import activate
 from .plain import is_plain, plain, plain_with_lse
-from .rows import attend_changed, changed_rows
+from .rows import attend_from, first_changed
 from .spans import attend_by_spans, group_rows
-from .step import Dense, Slices, Step, attend_step, dense_of, prepare_step, slices_of
+from .step import Dense, Slices, Step, StepMask, attend_step, dense_of, prepare_step, slices_of
 from .tables import inspect
 from .tiles import attend_tiled
 from .visible import visible_keys
 
-__all__ = ["Step", "activate", "attend", "attend_with_lse", "is_plain", "plain", "prepare_step"]
+__all__ = ["Step", "StepMask", "activate", "attend", "attend_with_lse", "is_plain", "plain", "prepare_step"]
 
 SMALL_SCORES = 1 << 18
 """Problems with fewer scores than this finish in one tile before a merge has made its calls."""
@@ -53,7 +53,7 @@ def attend(problem: Problem, need_lse: bool = True) -> tuple[Tensor, Tensor | No
             if groups is not None:
                 return attend_by_spans(problem, alike, groups, need_lse)
         if stock and queries is not None:
-            done = attend_changed(problem, changed_rows(queries, alike), need_lse)
+            done = attend_from(problem, first_changed(queries, alike), need_lse)
             if done is not None:
                 return done
     elif n == 1 and queries is not None and len(queries) == 1:

@@ -1,6 +1,6 @@
-"""Prefills too small for a merge: stock attention for all rows, and tiles for the few rows that routes change.
+"""Prefills too small for a merge: stock attention for the rows before the first that a route changes, tiles from there.
 
-In a LLaVA prompt that is the text after the image. Rows that no route changes keep the bits of stock attention.
+In a LLaVA prompt the routes act on the text after the image, which is its end.
 """
 
 from __future__ import annotations
@@ -13,38 +13,43 @@ from .tables import Alike
 from .tiles import attend_tiled
 
 WORTH = 0.5
-"""Largest share of the rows that may be computed twice."""
+"""Largest share of the rows for which tiles, slower than stock attention, still pay."""
 
 
-def changed_rows(queries: list[bytes], alike: Alike) -> range:
-    """The shortest range of query rows that holds every row, of any layout, with a role that routes change."""
+def first_changed(queries: list[bytes], alike: Alike) -> int:
+    """The first query row, of any layout, with a role that routes change; the number of rows when there is none."""
     changing = {d for d in set().union(*queries) if alike.changes({d})}
-    found = [i for layout in set(queries) for i, role in enumerate(layout) if role in changing]
-    return range(min(found), max(found) + 1) if found else range(0)
+    return min(next((i for i, role in enumerate(q) if role in changing), len(q)) for q in set(queries))
 
 
-def attend_changed(problem: Problem, rows: range, need_lse: bool) -> tuple[Tensor, Tensor | None] | None:
+def attend_from(problem: Problem, start: int, need_lse: bool) -> tuple[Tensor, Tensor | None] | None:
     """Z ``[B, H, N, D]`` and lse ``[B, H, N]`` (None unless needed); None when this way does not pay."""
-    n, keys = problem.q.shape[2], problem.k.shape[2]
+    q, k, v, mask = problem.q, problem.k, problem.v, problem.mask
+    batch, heads, n, dim = q.shape
     bare = problem._replace(bias=None, factor=None, magnitude=None, gain=None)
-    if len(rows) > WORTH * n or not is_plain(bare) or problem.roles is None or problem.query_roles is None:
+    if start == 0 or n - start > WORTH * n or not is_plain(bare) or problem.query_roles is None:
         return None
-    z, lse = plain_with_lse(bare) if need_lse else (plain(bare), None)
-    # Causal attention is aligned at the last row: the last of these rows sees keys up to `seen`.
-    seen = keys - n + rows.stop if problem.causal else keys
-    mask = problem.mask
-    part, part_lse = attend_tiled(
-        problem._replace(
-            q=problem.q[:, :, rows.start : rows.stop],
-            k=problem.k[:, :, :seen],
-            v=problem.v[:, :, :seen],
-            roles=problem.roles[:, :seen],
-            query_roles=problem.query_roles[:, rows.start : rows.stop],
-            mask=None if mask is None else mask[:, :, rows.start : rows.stop, :seen],
-        ),
-        need_lse,
+    # Causal attention is aligned at the last row: row `start - 1` sees `seen` keys.
+    seen = k.shape[2] - n + start if problem.causal else k.shape[2]
+    before = bare._replace(
+        q=q[:, :, :start],
+        k=k[:, :, :seen],
+        v=v[:, :, :seen],
+        mask=None if mask is None else mask[:, :, :start, :seen],
     )
-    z[:, :, rows.start : rows.stop] = part
-    if lse is not None and part_lse is not None:
-        lse[:, :, rows.start : rows.stop] = part_lse
-    return z, lse
+    after = problem._replace(
+        q=q[:, :, start:],
+        query_roles=problem.query_roles[:, start:],
+        mask=None if mask is None else mask[:, :, start:],
+    )
+    z = q.new_empty(batch, n, heads, dim).transpose(1, 2)
+    if need_lse:
+        z[:, :, :start], lse = plain_with_lse(before)
+    else:
+        z[:, :, :start], lse = plain(before), None
+    z[:, :, start:], rest = attend_tiled(after, need_lse)
+    if lse is None or rest is None:
+        return z, None
+    both = rest.new_empty(batch, heads, n)
+    both[:, :, :start], both[:, :, start:] = lse, rest
+    return z, both

@@ -86,6 +86,21 @@ def _dense(columns: tuple[bytes, ...], stop: int, dst: int, problem: Problem, wi
         return Dense(stop, *map(spread, (problem.bias, problem.factor, problem.magnitude, problem.gain)))
 
 
+class StepMask(NamedTuple):
+    """The mask of a decode step, ready for every layer: values to add, and which rows see no key (None: all do)."""
+
+    given: Tensor
+    values: Tensor
+    empty: Tensor | None
+
+    @staticmethod
+    def of(mask: Tensor, dtype: torch.dtype) -> StepMask:
+        """From ``[B|1, 1|H, 1, K]``, bool or additive, for scores of `dtype`."""
+        values = additive(mask, dtype)
+        empty = (values == -torch.inf).all(-1, keepdim=True)
+        return StepMask(mask, values, empty if bool(empty.any()) else None)
+
+
 @dataclass(frozen=True)
 class Step:
     """A decode step that was analysed once: what `attend_step` needs besides q, k, v and the mask.
@@ -101,11 +116,11 @@ class Step:
     gains: list[tuple[int, int, Tensor]] | None
     """Where only weights change: (start, stop, gain ``[B|1, Hkv, G, 1 or stop - start]``)."""
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-        """Z ``[B, H, 1, D]``."""
-        if self.gains is not None and mask is None and k.numel() < LARGE_KEYS:
-            return _weighed(q, k, v, scale, self.gains)
-        problem = self.template._replace(q=q, k=k, v=v, mask=mask, scale=scale)
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: StepMask | None, scale: float) -> Tensor:
+        """Z ``[B, H, 1, D]``; `mask` as `StepMask.of` made it, once for all layers of the step."""
+        if self.gains is not None and k.numel() < LARGE_KEYS and (mask is None or mask.given.shape[1] == 1):
+            return _weighed(q, k, v, mask, scale, self.gains)
+        problem = self.template._replace(q=q, k=k, v=v, mask=None if mask is None else mask.given, scale=scale)
         return attend_step(problem, self.dst, self.where, mask is not None or self.masks, False)[0]
 
 
@@ -132,7 +147,12 @@ def prepare_step(problem: Problem) -> Step | None:
 
 def _gains(problem: Problem, dst: int, where: tuple[Slices, Slices] | Dense) -> list[tuple[int, int, Tensor]] | None:
     """What `_weighed` multiplies the weights by; None when logits change as well or the problem has more to it."""
-    if isinstance(where, Dense) or where[0] or problem.softcap or problem.gain is None:
+    if problem.softcap or problem.gain is None:
+        return None
+    if isinstance(where, Dense):
+        only = where.gain is not None and where.bias is where.factor is where.magnitude is None
+        return [(0, where.stop, where.gain)] if only and where.gain is not None else None
+    if where[0]:
         return None
     wide = torch.float64 if problem.q.dtype == torch.float64 else torch.float32
     key_heads = problem.k.shape[1]
@@ -142,14 +162,20 @@ def _gains(problem: Problem, dst: int, where: tuple[Slices, Slices] | Dense) -> 
         return [(start, stop, row[..., src : src + 1].clone()) for src, start, stop in where[1]]
 
 
-def _weighed(q: Tensor, k: Tensor, v: Tensor, scale: float, gains: list[tuple[int, int, Tensor]]) -> Tensor:
-    """`attend_step` where only weights change and nothing is masked, in as few calls as it takes."""
+def _weighed(
+    q: Tensor, k: Tensor, v: Tensor, mask: StepMask | None, scale: float, gains: list[tuple[int, int, Tensor]]
+) -> Tensor:
+    """`attend_step` where only weights change, in as few calls as it takes."""
     batch, heads, _, dim = q.shape
     key_heads, keys = k.shape[1], k.shape[2]
     folded = batch * key_heads
     s = torch.bmm((q * scale).reshape(folded, -1, dim), k.reshape(folded, keys, dim).mT)
+    if mask is not None:
+        s.view(batch, key_heads, -1, keys).add_(mask.values)
     p = torch.softmax(s, -1)
     weights = p.view(batch, key_heads, -1, keys)
+    if mask is not None and mask.empty is not None:
+        weights.masked_fill_(mask.empty, 0.0)
     for start, stop, gain in gains:
         weights[..., start:stop].mul_(gain)
     return torch.bmm(p, v.reshape(folded, keys, dim)).view(batch, 1, heads, dim).transpose(1, 2)

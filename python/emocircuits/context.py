@@ -13,6 +13,7 @@ from torch import Tensor
 
 from emocircuits.roles import prompt_roles, real_tokens
 from emokernels import Role
+from emokernels.attention import step_mask
 
 GROWTH = 1024
 PHASES = {
@@ -39,6 +40,7 @@ class Context:
         self.query_roles: Tensor | None = None
         self._first = self.seen = 0
         self._keys: dict[int, Tensor] = {}
+        self._mask: tuple[Tensor | None, torch.dtype, Any] | None = None
         self.prefill = True
         self.phases = PHASES[True, False]
         self.generating = False
@@ -140,12 +142,19 @@ class Context:
         self.query_roles = None  # sliced when a layer asks
         self._first, self.seen = past, past + length
         self._keys = {}
+        self._mask = None
 
     def _grow(self, columns: int) -> None:
         assert self.buffer is not None
         if columns > self.buffer.shape[1]:
             more = self.buffer.new_full((self.buffer.shape[0], max(columns, GROWTH)), int(Role.GENERATED))
             self.buffer = torch.cat([self.buffer, more], 1)
+
+    def step_mask(self, mask: Tensor | None, dtype: torch.dtype) -> Any:
+        """The mask of a decode step as prepared steps take it, made once for the layers that share it."""
+        if self._mask is None or self._mask[0] is not mask or self._mask[1] != dtype:
+            self._mask = (mask, dtype, step_mask(mask, dtype))
+        return self._mask[2]
 
     def key_roles(self, keys: int) -> Tensor:
         """Roles ``[B, keys]`` of the key columns a layer holds; a sliding cache has dropped the oldest ones."""

@@ -79,7 +79,7 @@ class _AttentionSite:
             prepared_tables, prompt, step = self.prepared
             if step is not None and prepared_tables is tables and prompt is context.prompt:
                 scale = query.shape[3] ** -0.5 if scaling is None else scaling
-                return step(query, key, value, mask, scale).transpose(1, 2)
+                return step(query, key, value, context.step_mask(mask, query.dtype), scale).transpose(1, 2)
         routes = heads = None
         if tables is not None and self.edited():
             routes = tables.routes
