@@ -129,6 +129,29 @@ def test_padded_batch_equals_oracle_and_each_row_alone(family, text, cache, back
             assert torch.allclose(alone_logits[0], together_logits[i], rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("reading", ["weight", "logit-add"])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_prompts_that_follow_each_other_in_one_patch(reading, cache):
+    """Decode steps are analysed once a prompt: the next prompt, with another layout, must not inherit that."""
+    model = models.build("llava", "llama", torch.float64)
+    boost = [(0, 1), (1, 0), (1, 3), (2, 2)]
+    plan = Plan(
+        [
+            BoostRoute(boost, to="query", source="visual", by=2.0, reading=reading),
+            BoostRoute(boost, to="generated", source=["visual", "system"], by=3.0, reading=reading),
+        ]
+    )
+    options = {"cache_implementation": "static"} if cache == "static" else {}
+    untouched = copy.deepcopy(model)
+    singles = [models.prompt(model, 3, 5), models.prompt(model, 7, 2, seed=1), models.prompt(model, 1, 12, seed=2)]
+    with patch(model, plan):
+        for inputs in (*singles, models.batch(singles), models.batch(singles[1:]), singles[0]):
+            tokens, steps = generate(model, inputs, **options)
+            full = oracle.logits(untouched, inputs, plan, tokens[:, :-1])
+            expected = full[:, inputs["input_ids"].shape[1] - 1 :]
+            assert (steps - expected).abs().max() <= 1e-9 * expected.abs().max()
+
+
 def test_right_padding():
     model = models.build("llava", "llama", torch.float64)
     inputs = models.batch([r for r in prompts(model) if r["pixel_values"].shape[0] == 1], side="right")

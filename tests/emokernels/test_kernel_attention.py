@@ -7,7 +7,7 @@ from attention_oracle import oracle_of
 from problems import LLAVA, VIDEO, assert_close, backends, force, qkv, random_routes, roles_of, visual_routes
 
 import emokernels as emo
-from emokernels.attention import run
+from emokernels.attention import prepare_step, run, step_mask
 
 ENGINES = ["auto", "spans", "tiles"]
 FIELDS = [("bias",), ("scale",), ("abs",), ("gain",), ("bias", "gain"), ("bias", "scale", "abs", "gain")]
@@ -144,6 +144,34 @@ def test_steps_of_a_padded_batch_follow_their_tables():
         mask = (roles != 0)[:, None, None, :]
         out = emo.attention(q, k, v, roles=roles, routes=routes, mask=mask, backend="composed")
         assert_close(out, oracle_of(q, k, v, routes, roles=roles, mask=mask))
+
+
+@pytest.mark.parametrize("fields", [("gain",), ("bias", "gain")])
+@pytest.mark.parametrize("layout", ["shared", "distinct"])
+@pytest.mark.parametrize("masked", ["no", "padding", "a row without keys"])
+def test_prepared_steps_equal_attention(fields, layout, masked):
+    tables = {}
+    for name in fields:
+        tables[name] = getattr(random_routes(fields=(name,)), name).clone()
+        tables[name][..., emo.Role.GENERATED] = 1.0 if name == "gain" else 0.0
+    routes = emo.Routes(**tables)
+    query_roles, step = roles_of([5]), None
+    for added in (1, 2, 5):
+        tail = [5] * added
+        rows = [[*LLAVA, *tail], [*LLAVA, *tail] if layout == "shared" else [0, 0, *LLAVA[:-2], *tail]]
+        roles = roles_of(*rows)
+        q, k, v = qkv(batch=2, n=1, keys=roles.shape[1], seed=added)
+        mask = None if masked == "no" else torch.ones(2, 1, 1, roles.shape[1], dtype=torch.bool)
+        if mask is not None:
+            mask[1, ..., :2] = False
+        if mask is not None and masked == "a row without keys":
+            mask[0] = False
+        step = step or prepare_step(q, k, v, roles=roles, query_roles=query_roles, routes=routes)
+        expected = emo.attention(
+            q, k, v, roles=roles, query_roles=query_roles, routes=routes, mask=mask, causal=False, backend="reference"
+        )
+        got = step(q, k, v, step_mask(mask, q.dtype), q.shape[3] ** -0.5)
+        assert torch.allclose(got, expected.z, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("key_heads", [4, 2])
