@@ -81,7 +81,7 @@ def localize(
     Args:
         model, processor: the embedded model.
         people: identities of the ranking part.
-        alpha: factor on the steering vectors when they are injected (method.md: 0.1; this small model needs 1).
+        alpha: factor on the steering vectors when they are injected (the paper uses 0.1).
         seed: of events and of the random direction.
         progress: show progress bars.
     """
