@@ -48,7 +48,7 @@ def _over(stock: Callable[[Any], Callable[..., Any]]) -> Callable[..., tuple[Ten
     ) -> tuple[Tensor, Tensor | None]:
         site: AttentionSite | None = module.__dict__.get(SITE)
         if site is None or not site.active():
-            if stock is _sdpa and attention_mask is None and query.shape[2] == 1 and _is_bare(kwargs):
+            if stock is _sdpa and attention_mask is None and query.shape[2] == 1 and _is_bare(query, kwargs):
                 # What the stock function comes down to in a decode step, without its checks.
                 z = scaled_dot_product_attention(
                     query, key, value, scale=kwargs.get("scaling"), enable_gqa=query.shape[1] != key.shape[1]
@@ -64,8 +64,13 @@ def _sdpa(module: Any) -> Callable[..., Any]:
     return sdpa_attention_forward
 
 
-def _is_bare(options: dict[str, Any]) -> bool:
-    return not options.get("dropout") and not any(options.get(name) is not None for name in _SPECIAL)
+def _is_bare(query: Tensor, options: dict[str, Any]) -> bool:
+    # Above 256 the stock function repeats grouped keys instead of asking SDPA to share them.
+    return (
+        query.shape[3] <= 256
+        and not options.get("dropout")
+        and not any(options.get(name) is not None for name in _SPECIAL)
+    )
 
 
 def _edited(

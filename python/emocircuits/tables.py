@@ -61,16 +61,22 @@ class HeadTable:
             replace, mask = by_row(self.value, query_roles), by_row(self.mask, query_roles)
         if self.columns is not None and self.column_mask is not None:
             expected = (query_roles.shape[0], query_roles.shape[1])
-            if tuple(self.columns.shape[:2]) != expected:
+            chosen, columns = by_row(self.column_mask, query_roles), self.columns
+            recorded = columns.shape[1]
+            if recorded < expected[1] and bool((query_roles[:, recorded:] == GENERATED).all()):
+                # Generation without a cache runs the prompt again with what was generated: that has no values.
+                columns = torch.nn.functional.pad(columns, (0, 0, 0, 0, 0, expected[1] - recorded))
+                chosen = chosen.expand(expected[0], -1, -1).clone()
+                chosen[:, recorded:] = False
+            if tuple(columns.shape[:2]) != expected:
                 raise ValueError(
                     f"ReplaceHead value holds {tuple(self.columns.shape[:2])} (batch rows, prompt columns), the prompt "
                     f"has {expected}; record the values on a prompt of the same shape (padding included)"
                 )
-            chosen = by_row(self.column_mask, query_roles)
             if replace is None or mask is None:
-                replace, mask = self.columns, chosen
+                replace, mask = columns, chosen
             else:
-                replace, mask = torch.where(chosen[..., None], self.columns, replace), mask | chosen
+                replace, mask = torch.where(chosen[..., None], columns, replace), mask | chosen
         return HeadEdits(scale=scale, replace=replace, mask=mask)
 
     @functools.cached_property

@@ -216,6 +216,8 @@ def test_replace_head_by_prompt_column():
     b, n = inputs["input_ids"].shape
     value = torch.randn(b, n, 2, 8)
     check(model, inputs, Plan([ReplaceHead([(1, 0), (2, 3)], value=value, to=["query", "last"])]))
+    check(model, inputs, Plan([ReplaceHead([(1, 0), (2, 3)], value=value)]))
+    check(model, inputs, Plan([ReplaceHead([(1, 0), (2, 3)], value=value)]), use_cache=False)
     plan = Plan([ReplaceHead([(1, 0), (2, 3)], value=value[:, :-1])])
     with patch(model, plan), pytest.raises(ValueError, match="prompt"):
         model(**inputs)

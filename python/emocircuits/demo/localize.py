@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from emocircuits.circuit import Circuit
 from emocircuits.circuits import SteeringVectors, explicit_state_neurons, head_effects, ranked, steering_vectors
 from emocircuits.circuits.neurons import Neuron
-from emocircuits.demo.cases import Case, Prompts, Scores, answers, contradicting
+from emocircuits.demo.cases import Prompts, Scores, answers, contradicting
 from emocircuits.edits import AddVector
 from emocircuits.embedded import faces, language
 from emocircuits.families import open_model
@@ -164,9 +164,3 @@ def _injection(
                 logits = model(**neutral, use_cache=False, logits_to_keep=1).logits[:, -1]
                 out[i, layer] = torch.sigmoid(metric(logits)).mean()
     return out[0], out[1]
-
-
-def describe(case: Case) -> str:
-    """One line about a case, for people."""
-    strength = "" if case.emotion == "neutral" else f" at intensity {case.intensity:g}"
-    return f"{case.emotion} face{strength}, event suggests {case.suggests}"
