@@ -86,8 +86,8 @@ def attention(
         TypeError, ValueError: an argument does not fit; the message names it, what was expected and the way out.
         NotImplementedError: the backend is not available here, or a gradient was asked that does not exist.
     """
-    chosen = resolve(backend)
     check_attention(q, k, v, roles, query_roles, routes, heads, mask, causal, scale, window, softcap)
+    chosen = resolve(backend, q)
     if backend == "auto" and chosen not in _announced and not torch.compiler.is_compiling():
         _announced.add(chosen)
         logger.info("backend='auto' uses %r for attention on %s", chosen, q.device.type)

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import os
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
+from . import native
 from .errors import message
 
 
@@ -15,38 +22,101 @@ class Backend(NamedTuple):
     reason: str
 
 
-_BACKENDS = (
-    Backend("reference", True, "plain torch, the definition; keeps the full score matrix"),
-    Backend("composed", True, "torch's attention kernels merged by log-sum-exp; the fast path on a CPU"),
-    Backend("fused", False, "no Triton kernels are part of this build"),
-    Backend("native", False, "no compiled CUDA kernels are part of this build"),
-)
+OPERATIONS: dict[str, tuple[str, ...]] = {
+    "attention": ("reference", "composed", "fused", "native"),
+    "gated_activation": ("reference", "composed", "fused", "native"),
+    "attention_flow": ("reference", "composed", "fused"),
+    "logit_lens": ("reference", "composed", "fused"),
+}
+"""The backends that implement each public operation."""
+
+MIN_CAPABILITY = (8, 0)
+"""Compute capability that the GPU kernels need."""
 
 
 def backends() -> list[Backend]:
     """Every backend by name, whether it can be used here, and the reason.
 
-    >>> [b.name for b in backends() if b.available]
+    >>> [b.name for b in backends() if b.available][:2]
     ['reference', 'composed']
     """
-    return list(_BACKENDS)
+    return [
+        Backend("reference", True, "plain torch, the definition; keeps the full score matrix"),
+        Backend("composed", True, "torch's attention kernels merged by log-sum-exp; the fast path on a CPU"),
+        _fused(),
+        _native(),
+    ]
 
 
-def resolve(backend: str) -> str:
-    """The backend to use for a name given by the user; "auto" picks composed.
+def resolve(backend: str, tensor: Tensor | None = None, operation: str = "attention") -> str:
+    """The backend to use for a name given by the user.
+
+    "auto" takes fused for half precision and float32 on a GPU where Triton is installed, and composed elsewhere.
+
+    Args:
+        backend: "auto" or a name from `backends()`.
+        tensor: the first tensor of the call; its device and dtype decide. None asks about this machine alone.
+        operation: a key of `OPERATIONS`.
 
     Raises:
         ValueError: the name is unknown.
-        NotImplementedError: the backend is known but not available. An explicit backend never falls back.
+        NotImplementedError: the backend is known but cannot run this here. An explicit backend never falls back.
     """
+    offered = OPERATIONS[operation]
     if backend == "auto":
-        return "composed"
-    for known in _BACKENDS:
-        if known.name == backend:
-            if known.available:
-                return backend
+        on_gpu = torch.cuda.is_available() if tensor is None else tensor.device.type == "cuda"
+        fits = tensor is None or tensor.dtype != torch.float64
+        return "fused" if on_gpu and fits and _fused().available else "composed"
+    known = {one.name: one for one in backends()}
+    if backend not in known:
+        names = ", ".join(repr(name) for name in ("auto", *known))
+        raise ValueError(message("backend", f"one of {names}", backend, "emokernels.backends() says what runs here."))
+    if backend not in offered:
+        names = ", ".join(repr(name) for name in ("auto", *offered))
+        raise NotImplementedError(message("backend", f"one of {names} for {operation}", repr(backend), "Use 'auto'."))
+    if not known[backend].available:
+        raise NotImplementedError(
+            message("backend", "a backend available here", f"{backend!r}: {known[backend].reason}", "Use 'auto'.")
+        )
+    if backend in ("fused", "native") and tensor is not None:
+        if tensor.dtype == torch.float64:
             raise NotImplementedError(
-                message("backend", "a backend available here", f"{backend!r}: {known.reason}", "Use backend='auto'.")
+                message("backend", f"float32, bfloat16 or float16 for {backend!r}", tensor, "Use 'reference'.")
             )
-    names = ", ".join(repr(name) for name in ("auto", *(known.name for known in _BACKENDS)))
-    raise ValueError(message("backend", f"one of {names}", backend, "emokernels.backends() says what runs here."))
+        if tensor.device.type != "cuda" and not (backend == "fused" and _interpreted()):
+            raise NotImplementedError(
+                message("backend", f"tensors on a CUDA device for {backend!r}", tensor, "Use 'auto' or .cuda().")
+            )
+    return backend
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _fused() -> Backend:
+    if not _has_triton():
+        return Backend("fused", False, "triton is not installed (pip install triton)")
+    if _interpreted():
+        return Backend("fused", True, "Triton kernels in the interpreter (TRITON_INTERPRET=1): for tests, very slow")
+    missing = _no_gpu()
+    return Backend("fused", missing is None, missing or "Triton kernels; the fast path on a GPU")
+
+
+def _native() -> Backend:
+    reason = native.why_not() or _no_gpu()
+    return Backend("native", reason is None, reason or "CUDA C++ kernels: decode attention and the gated activation")
+
+
+def _no_gpu() -> str | None:
+    if not torch.cuda.is_available():
+        return "no CUDA GPU is visible to torch"
+    capability = torch.cuda.get_device_capability()
+    if capability < MIN_CAPABILITY:
+        return f"compute capability {capability[0]}.{capability[1]}, the kernels need {MIN_CAPABILITY[0]}.0 or higher"
+    return None

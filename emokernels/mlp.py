@@ -46,8 +46,8 @@ def gated_activation(
     Raises:
         TypeError, ValueError, NotImplementedError: as in `attention`.
     """
-    chosen = resolve(backend)
     _check(gate, up, act, neurons)
+    chosen = resolve(backend, gate, "gated_activation")
     return run_activation(gate, up, act=act, neurons=neurons, backend=chosen)
 
 

@@ -1,0 +1,1 @@
+"""Triton kernels: interventions as part of the arithmetic that is there anyway. Import triton, so import lazily."""
