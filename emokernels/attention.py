@@ -179,6 +179,7 @@ def make_problem(
     scale: float | None,
     window: int | None,
     softcap: float | None,
+    lengths: Tensor | None = None,
 ) -> Problem:
     """Arguments of `attention` as the ops take them, defaults filled in."""
     n, keys = q.shape[2], k.shape[2]
@@ -190,7 +191,21 @@ def make_problem(
     if scale is None:
         scale = q.shape[3] ** -0.5
     return Problem(
-        q, k, v, roles, query_roles, bias, factor, magnitude, gain, mask, causal, scale, window or 0, softcap or 0.0
+        q,
+        k,
+        v,
+        roles,
+        query_roles,
+        bias,
+        factor,
+        magnitude,
+        gain,
+        mask,
+        lengths,
+        causal,
+        scale,
+        window or 0,
+        softcap or 0.0,
     )
 
 

@@ -16,13 +16,14 @@ from .problem import Problem
 
 _PROBLEM = (
     "Tensor q, Tensor k, Tensor v, Tensor? roles, Tensor? query_roles, Tensor? bias, Tensor? factor, "
-    "Tensor? magnitude, Tensor? gain, Tensor? mask, bool causal, float scale, int window, float softcap"
+    "Tensor? magnitude, Tensor? gain, Tensor? mask, Tensor? lengths, "
+    "bool causal, float scale, int window, float softcap"
 )
 _DIFFERENTIABLE = (0, 1, 2, 5, 6, 7, 8)
 """Positions in Problem of q, k, v, bias, factor, magnitude, gain."""
 _MASK = 9
-_TENSORS = 10
-"""The first ten fields of Problem are tensors or None."""
+_TENSORS = 11
+"""The first eleven fields of Problem are tensors or None."""
 
 Forward = Callable[[Problem], tuple[Tensor, Tensor]]
 Backward = Callable[[Problem, Tensor, Tensor, Tensor, Tensor, Sequence[bool]], list[Tensor | None]]

@@ -12,8 +12,9 @@ class Problem(NamedTuple):
 
     ``q [B, H, N, D]``, ``k`` and ``v [B, Hkv, K, D]``; ``roles [B|1, K]`` and ``query_roles [B|1, N]`` uint8, present
     when a table is; ``bias``, ``factor`` (Routes.scale), ``magnitude`` (Routes.abs) and ``gain`` ``[B|1, H, R, R]``;
-    ``mask`` bool or additive ``[B|1, 1|H, N, K]``; ``scale`` of the logits; ``window`` and ``softcap`` with 0 for
-    none.
+    ``mask`` bool or additive ``[B|1, 1|H, N, K]``; ``lengths [B|1]`` int32, the number of keys that exist yet (the
+    rest of a static cache is hidden, and the last query sees key ``lengths - 1``), or None for all K; ``scale`` of the
+    logits; ``window`` and ``softcap`` with 0 for none.
     """
 
     q: Tensor
@@ -26,6 +27,7 @@ class Problem(NamedTuple):
     magnitude: Tensor | None
     gain: Tensor | None
     mask: Tensor | None
+    lengths: Tensor | None
     causal: bool
     scale: float
     window: int

@@ -56,7 +56,8 @@ class Launch:
             self._launch()
 
     def _launch(self) -> None:
-        self.kernel[self.grid](**self.args, **self.meta, num_warps=self.num_warps, num_stages=self.num_stages)
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        self.kernel[self.grid](**self.args, **self.meta, **options)
 
 
 def arch_of(tensor: Tensor, arch: str | None = None) -> str:

@@ -1,0 +1,139 @@
+"""The arithmetic that all attention kernels share: logits in units of log2, and one block of online softmax.
+
+Exponentials are ``exp2``: with ``L = log2(e)`` a logit ``x`` is kept as ``L x`` and its bias as ``L b``, which costs
+nothing because the scale of the logits takes L in.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def tanh(x):
+    """Hyperbolic tangent from exp, without overflow, to float32 accuracy also near 0."""
+    small = x * x
+    series = x * (1.0 + small * (-0.3333333333 + small * (0.1333333333 + small * (-0.0539682540))))
+    t = tl.exp2(-2.8853900817779268 * tl.abs(x))
+    large = (1.0 - t) / (1.0 + t)
+    return tl.where(small < 0.0225, series, tl.where(x < 0, -large, large))
+
+
+@triton.jit
+def shaped(
+    product, scale, cap, factor, magnitude, SOFTCAP: tl.constexpr, FACTOR: tl.constexpr, MAGNITUDE: tl.constexpr
+):
+    """``L (a s + c |s|)`` of ``product = q k``; `factor` a and `magnitude` c broadcast against it."""
+    if SOFTCAP:
+        s = cap * tanh(product * (scale / cap)) * LOG2E
+    else:
+        s = product * (scale * LOG2E)
+    x = s
+    if FACTOR:
+        x = s * factor
+    if MAGNITUDE:
+        x += tl.abs(s) * magnitude
+    return x
+
+
+@triton.jit
+def visible(
+    i, j, rows, columns, position, window, mask, at_mask, stride_mask_n, stride_mask_k, lowest,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Which keys `j` the rows `i` see, ``[M, N]`` bool, and the additive mask in units of log2 (0.0 without one).
+
+    `rows` and `columns` say which rows and keys count at all; `position` are the rows' columns among the keys,
+    `at_mask` is the offset of the mask of this batch row and head.
+    """
+    seen = rows[:, None] & columns[None, :]
+    added = 0.0
+    if CAUSAL:
+        seen = seen & (j[None, :] <= position[:, None])
+    if WINDOW:
+        seen = seen & (j[None, :] > position[:, None] - window)
+    if MASK != "none":
+        at = at_mask + i.to(tl.int64)[:, None] * stride_mask_n + j.to(tl.int64)[None, :] * stride_mask_k
+        if MASK == "bool":
+            seen = seen & (tl.load(mask + at, mask=seen, other=0) != 0)
+        else:
+            value = tl.load(mask + at, mask=seen, other=0.0).to(tl.float32)
+            seen = seen & (value > lowest)
+            added = tl.where(seen, value, 0.0) * LOG2E
+    return seen, added
+
+
+@triton.jit
+def per_row(table, at_row, dst, src, neutral, valid):
+    """``table[row, head, dst, src]`` of one source role for each row, ``[M]``; `neutral` where it is not `valid`."""
+    return tl.load(table + at_row + dst * 6 + src, mask=valid, other=neutral)
+
+
+@triton.jit
+def _either(a, b):
+    return a | b
+
+
+@triton.jit
+def _unlike(table, at_row, dst, valid):
+    """Bits per row: source role r differs from role 0 (bit r), and from role 1 (bit r + 8)."""
+    zero, one = per_row(table, at_row, dst, 0, 0.0, valid), per_row(table, at_row, dst, 1, 0.0, valid)
+    bits = tl.where(one != zero, 2, 0)
+    for role in tl.static_range(2, 6):
+        value = per_row(table, at_row, dst, role, 0.0, valid)
+        bits = bits | tl.where(value != zero, 1 << role, 0) | tl.where(value != one, 256 << role, 0)
+    return bits
+
+
+@triton.jit
+def partition(
+    bias, factor, magnitude, gain, at_bias, at_factor, at_magnitude, at_gain, dst, valid,
+    BIAS: tl.constexpr, FACTOR: tl.constexpr, MAGNITUDE: tl.constexpr, GAIN: tl.constexpr,
+):  # fmt: skip
+    """How a tile of rows has to tell source roles apart: the number of sets, and the role that stands out of two.
+
+    1 set when all roles act alike for every row (a tile that nothing changes), 2 when one role differs from the others
+    (an image that is boosted), else 6.
+    """
+    bits = tl.zeros_like(dst)
+    if BIAS:
+        bits = bits | _unlike(bias, at_bias, dst, valid)
+    if FACTOR:
+        bits = bits | _unlike(factor, at_factor, dst, valid)
+    if MAGNITUDE:
+        bits = bits | _unlike(magnitude, at_magnitude, dst, valid)
+    if GAIN:
+        bits = bits | _unlike(gain, at_gain, dst, valid)
+    found = tl.reduce(bits, 0, _either)
+    low = found & 63
+    sets = tl.where(low == 0, 1, 6)
+    only = 0
+    for role in tl.static_range(1, 6):
+        alone = low == (1 << role)
+        sets = tl.where(alone, 2, sets)
+        only = tl.where(alone, role, only)
+    # Role 0 stands out when the others equal role 1.
+    sets = tl.where((low != 0) & (found >> 8 == 0), 2, sets)
+    return sets, only
+
+
+@triton.jit
+def set_of(segment, segments, only):
+    """The number of a tile's set in the schedule's numbering: all roles; one and the rest; or each alone."""
+    return tl.where(segments == 1, 12, tl.where(segments == 2, tl.where(segment == 0, only, 6 + only), segment))
+
+
+@triton.jit
+def members_of(number):
+    """The roles of a set as bits."""
+    return tl.where(number < 6, 1 << (number % 6), tl.where(number < 12, 63 ^ (1 << (number % 6)), 63))
+
+
+@triton.jit
+def representative(number):
+    """A role whose table values hold for the whole set."""
+    return tl.where(number < 6, number, tl.where(number == 6, 1, 0))

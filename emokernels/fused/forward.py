@@ -1,0 +1,283 @@
+"""Attention forward with routes: FlashAttention-2's online softmax, where a role costs what it must and no more.
+
+A program computes one tile of query rows of one head. Its key blocks come sorted by class (`schedule.py`):
+
+* A block that is wholly visible and of one role runs through the plain loop. Its bias only moves the running maximum
+  (``m - b`` before the loop, ``+ b`` after it) and its gain only the unit in which the output is accumulated, once for
+  all blocks of that role: the loop's body is the one of attention without routes.
+* A route knocked out for the whole tile by a bias of -inf is skipped; one with gain 0 keeps its part of the softmax sum
+  and never reads its values.
+* The other blocks (diagonal, padding, mixed roles) look up masks and tables for every element.
+
+A tile whose rows change nothing treats all roles as one. Head edits are applied before z is written, and a tile whose
+rows are all replaced copies them instead of computing, unless lse is wanted.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .blocks import LN2, LOG2E, members_of, partition, per_row, representative, set_of, shaped, visible
+
+
+@triton.jit
+def _scores(
+    query, k, first, offsets, d, j_ok, stride_k_n, stride_k_d, dim,
+    CHECKED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``q k`` of a tile of rows with the block of keys at `first`, ``[M, N]`` float32."""
+    at = k + first.to(tl.int64) * stride_k_n + offsets[:, None] * stride_k_n + d[None, :] * stride_k_d
+    if CHECKED:
+        keys = tl.load(at, mask=j_ok[:, None] if EVEN else j_ok[:, None] & (d < dim)[None, :], other=0.0)
+    elif EVEN:
+        keys = tl.load(at)
+    else:
+        keys = tl.load(at, mask=(d < dim)[None, :], other=0.0)
+    return tl.dot(query, tl.trans(keys), input_precision=PRECISION)
+
+
+@triton.jit
+def _weighted(
+    p, acc, v, first, offsets, d, j_ok, stride_v_n, stride_v_d, dim,
+    CHECKED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``acc + p v`` of the block of keys at `first`."""
+    at = v + first.to(tl.int64) * stride_v_n + offsets[:, None] * stride_v_n + d[None, :] * stride_v_d
+    if CHECKED:
+        values = tl.load(at, mask=j_ok[:, None] if EVEN else j_ok[:, None] & (d < dim)[None, :], other=0.0)
+    elif EVEN:
+        values = tl.load(at)
+    else:
+        values = tl.load(at, mask=(d < dim)[None, :], other=0.0)
+    return tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _soften(
+    product, m, total, scale, cap, a, c,
+    SOFTCAP: tl.constexpr, FACTOR: tl.constexpr, MAGNITUDE: tl.constexpr,
+):  # fmt: skip
+    """One wholly visible block of one role in the online softmax: weights p, new maximum and sum, and the shrinkage."""
+    if SOFTCAP or FACTOR or MAGNITUDE:
+        x = shaped(product, scale, cap, a[:, None], c[:, None], SOFTCAP, FACTOR, MAGNITUDE)
+        m_new = tl.maximum(m, tl.max(x, 1))
+        p = tl.exp2(x - m_new[:, None])
+    else:
+        m_new = tl.maximum(m, tl.max(product, 1) * (scale * LOG2E))
+        p = tl.exp2(product * (scale * LOG2E) - m_new[:, None])
+    shrink = tl.exp2(m - m_new)
+    return p, m_new, total * shrink + tl.sum(p, 1), shrink
+
+
+@triton.jit
+def forward_kernel(
+    q, k, v, z, lse, order, ends, roles, query_roles, bias, factor, magnitude, gain, mask,
+    head_scale, head_shift, head_replace, head_mask,
+    stride_q_b, stride_q_h, stride_q_n, stride_q_d, stride_k_b, stride_k_h, stride_k_n, stride_k_d,
+    stride_v_b, stride_v_h, stride_v_n, stride_v_d, stride_z_b, stride_z_h, stride_z_n,
+    stride_order_b, stride_order_h, stride_role_b, stride_query_b,
+    stride_bias_b, stride_factor_b, stride_magnitude_b, stride_gain_b,
+    stride_mask_b, stride_mask_h, stride_mask_n, stride_mask_k, lowest,
+    stride_scale_b, stride_scale_n, stride_shift_b, stride_shift_n, stride_replace_b, stride_replace_n,
+    stride_chosen_b, stride_chosen_n,
+    n, keys, length, heads, share, dim, window, scale, cap,
+    SCHEDULED: tl.constexpr, ROUTED: tl.constexpr, BIAS: tl.constexpr, FACTOR: tl.constexpr, MAGNITUDE: tl.constexpr,
+    GAIN: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    HEAD_SCALE: tl.constexpr, HEAD_SHIFT: tl.constexpr, HEAD_REPLACE: tl.constexpr, LSE: tl.constexpr,
+    PRECISION: tl.constexpr, NEGATIVE: tl.constexpr, EVEN: tl.constexpr, SLOW_STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    """Z and lse of one tile of query rows of one head; the grid is (tiles, heads, batch rows)."""
+    # The last tiles of a causal problem have the most keys: they start first.
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+    i = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    d = tl.arange(0, DIM)
+    offsets = tl.arange(0, BLOCK_N)
+    valid = i < n
+    position = i + (keys - n)
+    inside = valid[:, None] if EVEN else valid[:, None] & (d < dim)[None, :]
+    at_q = batch * stride_q_b + head * stride_q_h + i.to(tl.int64)[:, None] * stride_q_n + d[None, :] * stride_q_d
+    query = tl.load(q + at_q, mask=inside, other=0.0)
+    if NEGATIVE:
+        query = -query
+    k += batch * stride_k_b + (head // share) * stride_k_h
+    v += batch * stride_v_b + (head // share) * stride_v_h
+    at_mask = batch * stride_mask_b + head * stride_mask_h
+
+    zeros = tl.zeros([BLOCK_M], tl.float32)
+    ones = tl.full([BLOCK_M], 1.0, tl.float32)
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, DIM], tl.float32)
+    unit = tl.full([BLOCK_M], 1.0, tl.float32)
+
+    # Without a schedule: a contiguous range of wholly visible blocks, and the blocks at its two ends.
+    begin, end, full_begin, full_end = 0, tl.cdiv(keys, BLOCK_N), 0, keys // BLOCK_N
+    segments = 1
+    if SCHEDULED:
+        at_list = batch * stride_order_b + head * stride_order_h + tile
+        order += at_list * length
+        ends += at_list * (26 if ROUTED else 2)
+    else:
+        first_position = tile * BLOCK_M + keys - n
+        last_position = tl.minimum(tile * BLOCK_M + BLOCK_M, n) - 1 + keys - n
+        if CAUSAL:
+            full_end = tl.minimum(full_end, (first_position + 1) // BLOCK_N)
+            end = tl.minimum(end, tl.cdiv(last_position + 1, BLOCK_N))
+        if WINDOW:
+            begin = tl.maximum(first_position - window + 1, 0) // BLOCK_N
+            full_begin = tl.cdiv(tl.maximum(last_position - window + 1, 0), BLOCK_N)
+        full_begin = tl.minimum(full_begin, end)
+        full_end = tl.maximum(full_end, full_begin)
+
+    replaced = tl.zeros([BLOCK_M], tl.int1)
+    if HEAD_REPLACE:
+        chosen = head_mask + batch * stride_chosen_b + i.to(tl.int64) * stride_chosen_n + head
+        replaced = tl.load(chosen, mask=valid, other=1) != 0
+
+    dst = tl.zeros([BLOCK_M], tl.int32)
+    at_bias, at_factor, at_magnitude, at_gain = batch, batch, batch, batch
+    only = 0
+    if ROUTED:
+        dst = tl.load(query_roles + batch * stride_query_b + i, mask=valid, other=0).to(tl.int32)
+        roles += batch * stride_role_b
+        at_bias = batch * stride_bias_b + head * 36
+        at_factor = batch * stride_factor_b + head * 36
+        at_magnitude = batch * stride_magnitude_b + head * 36
+        at_gain = batch * stride_gain_b + head * 36
+        segments, only = partition(
+            bias, factor, magnitude, gain, at_bias, at_factor, at_magnitude, at_gain, dst, valid,
+            BIAS, FACTOR, MAGNITUDE, GAIN,
+        )  # fmt: skip
+    if HEAD_REPLACE and not LSE:
+        segments = tl.where(tl.min(replaced.to(tl.int32), 0) == 1, 0, segments)
+
+    for segment in range(segments):
+        # b, a, c, g: bias (in log2), factor, magnitude and gain of every row towards the roles of this set.
+        b, a, c, g = zeros, ones, zeros, ones
+        members = 63
+        rows, kept = valid, ones
+        if SCHEDULED:
+            number = 0
+            if ROUTED:
+                number = set_of(segment, segments, only)
+                members = members_of(number)
+                source = representative(number)
+                if BIAS:
+                    b = per_row(bias, at_bias, dst, source, 0.0, valid) * LOG2E
+                    rows = rows & (b > float("-inf"))
+                if FACTOR:
+                    a = per_row(factor, at_factor, dst, source, 1.0, valid)
+                if MAGNITUDE:
+                    c = per_row(magnitude, at_magnitude, dst, source, 0.0, valid)
+                if GAIN:
+                    g = per_row(gain, at_gain, dst, source, 1.0, valid)
+            start = tl.where(number == 0, 0, tl.load(ends + tl.maximum(2 * number - 1, 0)))
+            quick_stop = tl.load(ends + 2 * number)
+            slow_start, slow_stop = quick_stop, tl.load(ends + 2 * number + 1)
+            mute_stop = start
+            if BIAS:
+                # A route that is knocked out for every row is not there; one for some rows is a mask.
+                b = tl.where(rows, b, 0.0)
+                open_rows = tl.sum(rows.to(tl.int32), 0)
+                closed = open_rows < tl.sum(valid.to(tl.int32), 0)
+                slow_start = tl.where(closed, start, slow_start)
+                quick_stop = tl.where(closed, start, quick_stop)
+                slow_stop = tl.where(open_rows == 0, slow_start, slow_stop)
+            if GAIN:
+                # A gain of 0 (or one so small or large that what was summed before would drown) cannot be a unit.
+                silent = tl.max(tl.where(valid, tl.abs(g), 0.0), 0) == 0.0
+                fit = (tl.abs(g) > 1e-6) & (tl.abs(g) < 1e6)
+                kept = tl.where(fit, ones, g)
+                g = tl.where(fit, g, ones)
+                unfit = tl.min(fit.to(tl.int32), 0) == 0
+                mute_stop = tl.where(silent, quick_stop, start)
+                slow_start = tl.where(unfit & (silent == 0), start, slow_start)
+                quick_stop = tl.where(unfit, start, quick_stop)
+        else:
+            start, quick_stop, mute_stop = full_begin, full_end, full_begin
+            slow_start, slow_stop = 0, full_begin - begin + tl.maximum(end - full_end, 0)
+
+        busy = slow_stop > start
+        if BIAS:
+            # One bias on every logit of a row is a shift of its maximum.
+            b = tl.where(busy, b, 0.0)
+            m -= b
+        if GAIN:
+            # One gain on every weight of a row is the unit in which its output is summed.
+            g = tl.where(busy, g, unit)
+            acc *= (unit / g)[:, None]
+            unit = g
+        for t in range(start, quick_stop):
+            first = (tl.load(order + t) if SCHEDULED else t) * BLOCK_N
+            product = _scores(
+                query, k, first, offsets, d, valid, stride_k_n, stride_k_d, dim, False, EVEN, PRECISION
+            )  # fmt: skip
+            p, m, total, shrink = _soften(product, m, total, scale, cap, a, c, SOFTCAP, FACTOR, MAGNITUDE)
+            acc = _weighted(
+                p, acc * shrink[:, None], v, first, offsets, d, valid, stride_v_n, stride_v_d, dim,
+                False, EVEN, PRECISION,
+            )  # fmt: skip
+        if GAIN:
+            before = m
+            for t in tl.range(start, mute_stop, num_stages=2):
+                first = tl.load(order + t) * BLOCK_N
+                product = _scores(
+                    query, k, first, offsets, d, valid, stride_k_n, stride_k_d, dim, False, EVEN, PRECISION
+                )  # fmt: skip
+                p, m, total, shrink = _soften(product, m, total, scale, cap, a, c, SOFTCAP, FACTOR, MAGNITUDE)
+            acc *= tl.where(before == m, ones, tl.exp2(before - m))[:, None]
+        for t in tl.range(slow_start, slow_stop, num_stages=SLOW_STAGES):
+            if SCHEDULED:
+                first = tl.load(order + t) * BLOCK_N
+            else:
+                first = tl.where(t < full_begin - begin, begin + t, full_end + t - (full_begin - begin)) * BLOCK_N
+            j = first + offsets
+            columns = j < keys
+            product = _scores(query, k, first, offsets, d, columns, stride_k_n, stride_k_d, dim, True, EVEN, PRECISION)
+            if ROUTED:
+                role = tl.load(roles + j, mask=columns, other=0).to(tl.int32)
+                columns = columns & ((members >> role) & 1 != 0)
+            seen, added = visible(
+                i, j, rows, columns, position, window, mask, at_mask, stride_mask_n, stride_mask_k, lowest,
+                MASK, CAUSAL, WINDOW,
+            )  # fmt: skip
+            x = shaped(product, scale, cap, a[:, None], c[:, None], SOFTCAP, FACTOR, MAGNITUDE)
+            x = tl.where(seen, x + added, float("-inf"))
+            m_new = tl.maximum(m, tl.max(x, 1))
+            top = tl.where(m_new == float("-inf"), 0.0, m_new)
+            p = tl.exp2(x - top[:, None])
+            shrink = tl.exp2(m - top)
+            total = total * shrink + tl.sum(p, 1)
+            if GAIN:
+                p *= kept[:, None]
+            acc = _weighted(
+                p, acc * shrink[:, None], v, first, offsets, d, j < keys, stride_v_n, stride_v_d, dim,
+                True, EVEN, PRECISION,
+            )  # fmt: skip
+            m = m_new
+        if BIAS:
+            m += b
+
+    at_z = batch * stride_z_b + head * stride_z_h + i.to(tl.int64)[:, None] * stride_z_n + d[None, :]
+    at_row = i.to(tl.int64)
+    if GAIN:
+        acc *= unit[:, None]
+    out = acc * tl.where(total > 0.0, 1.0 / total, 0.0)[:, None]
+    if HEAD_SCALE:
+        factor_of_head = head_scale + batch * stride_scale_b + at_row * stride_scale_n + head
+        out *= tl.load(factor_of_head, mask=valid, other=1.0).to(tl.float32)[:, None]
+    if HEAD_SHIFT:
+        shift = head_shift + batch * stride_shift_b + head * dim + at_row[:, None] * stride_shift_n + d[None, :]
+        out += tl.load(shift, mask=inside, other=0.0).to(tl.float32)
+    if HEAD_REPLACE:
+        value = head_replace + batch * stride_replace_b + head * dim + at_row[:, None] * stride_replace_n + d[None, :]
+        new = tl.load(value, mask=inside & replaced[:, None], other=0.0).to(tl.float32)
+        out = tl.where(replaced[:, None], new, out)
+    tl.store(z + at_z, out.to(z.dtype.element_ty), mask=inside)
+    if LSE:
+        logarithm = tl.where(total > 0.0, (m + tl.log2(total)) * LN2, float("-inf"))
+        tl.store(lse + (batch * heads + head) * n + i, logarithm, mask=valid)
