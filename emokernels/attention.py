@@ -8,21 +8,47 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import composed, reference
+from . import composed, native, reference
 from .backends import resolve
 from .checks import check_attention
 from .composed.backward import attend_backward
 from .heads import HeadEdits, apply_head_edits
-from .ops import register_recomputed, register_with_backward
-from .problem import Problem
+from .ops import TENSORS, register_forward_only, register_recomputed, register_with_backward
+from .problem import Problem, make_problem
 from .routes import Routes
 
 logger = logging.getLogger("emokernels")
 
+Prefix = tuple[Tensor, Tensor]
+"""Keys and values ``[1, Hkv, P, D]`` that all batch rows share."""
+
+
+def _fused(problem: Problem) -> tuple[Tensor, Tensor]:
+    from .fused.attention import attend
+
+    z, lse = attend(problem)
+    return z, lse  # type: ignore[return-value]  # lse is there unless it is declined
+
+
+def _fused_backward(problem: Problem, *args: Any) -> list[Tensor | None]:
+    from .fused.backward import attend_backward
+
+    return attend_backward(problem, *args)
+
+
+def _fused_edited(problem: Problem, heads: HeadEdits | None, prefix: Prefix | None) -> tuple[Tensor, Tensor]:
+    from .fused.attention import attend
+
+    z, lse = attend(problem, heads, prefix=prefix)
+    return z, lse  # type: ignore[return-value]
+
+
 _OPS: dict[str, Any] = {
     "reference": register_recomputed("attention_reference", reference.attend),
     "composed": register_with_backward("attention_composed", composed.attend_with_lse, attend_backward),
+    "fused": register_with_backward("attention_fused", _fused, _fused_backward),
 }
+_fused_forward = register_forward_only("attention_fused_edited", _fused_edited, "backend='composed'")
 _announced: set[str] = set()
 
 
@@ -43,6 +69,8 @@ def attention(
     routes: Routes | None = None,
     heads: HeadEdits | None = None,
     mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    prefix: Prefix | None = None,
     causal: bool = True,
     scale: float | None = None,
     window: int | None = None,
@@ -72,11 +100,15 @@ def attention(
         mask: ``[B|1, 1|H, N, K]``, bool (True = attend) or additive float. Additive values of -inf or the dtype's
         lowest
             finite number mask. Applies together with `causal` and `window`; not differentiable.
+        lengths: ``[B|1]`` int32, the number of keys that exist yet, on q's device: the rest of a static cache is
+            hidden, and `causal` and `window` count from ``lengths`` instead of K. Needs query_roles with routes.
+        prefix: ``(k, v)`` of ``[1, Hkv, P, D]`` that come before the keys of every batch row and are read once for all
+            of them. roles and mask then cover P + K columns, and K counts them below.
         causal: query i sees keys ``j <= i + K - N`` (bottom-right aligned; needs N <= K).
         scale: multiplies the logits; by default ``D ** -0.5``.
         window: query i sees keys ``j > i + K - N - window``; needs `causal`.
         softcap: caps logits before the routes, as Gemma 2 does.
-        backend: "auto", "reference" or "composed" (see `backends()`).
+        backend: "auto", "reference", "composed", "fused" or "native" (see `backends()`).
 
     Returns:
         AttentionOutput(z, lse). z is fresh memory, in the layout of stock attention's output or as [B, N, H, D], which
@@ -86,7 +118,9 @@ def attention(
         TypeError, ValueError: an argument does not fit; the message names it, what was expected and the way out.
         NotImplementedError: the backend is not available here, or a gradient was asked that does not exist.
     """
-    check_attention(q, k, v, roles, query_roles, routes, heads, mask, causal, scale, window, softcap)
+    check_attention(
+        q, k, v, roles, query_roles, routes, heads, mask, lengths, prefix, causal, scale, window, softcap
+    )  # fmt: skip
     chosen = resolve(backend, q)
     if backend == "auto" and chosen not in _announced and not torch.compiler.is_compiling():
         _announced.add(chosen)
@@ -100,6 +134,8 @@ def attention(
         routes=routes,
         heads=heads,
         mask=mask,
+        lengths=lengths,
+        prefix=prefix,
         causal=causal,
         scale=scale,
         window=window,
@@ -120,6 +156,8 @@ def run(
     routes: Routes | None = None,
     heads: HeadEdits | None = None,
     mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    prefix: Prefix | None = None,
     causal: bool = True,
     scale: float | None = None,
     window: int | None = None,
@@ -133,11 +171,25 @@ def run(
     Without routes and with `need_lse=False` this is exactly ``F.scaled_dot_product_attention`` with the arguments that
     Hugging Face's sdpa path gives it, so an unedited layer stays bit for bit what it was.
     """
-    problem = make_problem(q, k, v, roles, query_roles, routes, mask, causal, scale, window, softcap)
+    problem = make_problem(q, k, v, roles, query_roles, routes, mask, causal, scale, window, softcap, lengths)
+    direct = _callable_directly(problem)
+    if backend == "fused" and (direct or not torch.is_grad_enabled()):
+        if direct:
+            from .fused.attention import attend
+
+            return attend(problem, heads, need_lse, prefix)
+        edits = (None,) * 4 if heads is None else (heads.scale, heads.shift, heads.replace, heads.mask)
+        return _fused_forward(*problem, *edits, *(prefix or (None, None)))
+    if prefix is not None:
+        problem = problem.prepend(prefix)
+    if backend != "reference" and backend != "native":
+        problem = problem.fold_lengths()
     lse: Tensor | None
-    if backend == "composed" and not need_lse and composed.is_plain(problem):
+    if backend == "native":
+        z, lse = native.attend(problem, need_lse)
+    elif backend == "composed" and not need_lse and composed.is_plain(problem):
         z, lse = composed.plain(problem), None
-    elif backend == "composed" and _callable_directly(problem):
+    elif backend == "composed" and direct:
         z, lse = composed.attend(problem, need_lse)
     else:
         z, lse = _OPS[backend](*problem)
@@ -167,52 +219,10 @@ def step_mask(mask: Tensor | None, dtype: torch.dtype) -> composed.StepMask | No
     )
 
 
-def make_problem(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    roles: Tensor | None,
-    query_roles: Tensor | None,
-    routes: Routes | None,
-    mask: Tensor | None,
-    causal: bool,
-    scale: float | None,
-    window: int | None,
-    softcap: float | None,
-    lengths: Tensor | None = None,
-) -> Problem:
-    """Arguments of `attention` as the ops take them, defaults filled in."""
-    n, keys = q.shape[2], k.shape[2]
-    bias = factor = magnitude = gain = None
-    if routes is not None:
-        bias, factor, magnitude, gain = routes.bias, routes.scale, routes.abs, routes.gain
-        if query_roles is None and roles is not None:
-            query_roles = roles[:, keys - n :]
-    if scale is None:
-        scale = q.shape[3] ** -0.5
-    return Problem(
-        q,
-        k,
-        v,
-        roles,
-        query_roles,
-        bias,
-        factor,
-        magnitude,
-        gain,
-        mask,
-        lengths,
-        causal,
-        scale,
-        window or 0,
-        softcap or 0.0,
-    )
-
-
 def _callable_directly(problem: Problem) -> bool:
     """True when the dispatcher has nothing to add: eager mode, plain tensors, no gradient wanted, no mode active."""
     if torch.compiler.is_compiling() or type(problem.q) is not Tensor or torch._C._len_torch_dispatch_stack() > 0:
         return False
     if not torch.is_grad_enabled():
         return True
-    return not any(t is not None and t.requires_grad for t in problem[:10])
+    return not any(t is not None and t.requires_grad for t in problem[:TENSORS])

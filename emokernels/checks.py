@@ -24,6 +24,8 @@ def check_attention(
     routes: Routes | None,
     heads: HeadEdits | None,
     mask: Tensor | None,
+    lengths: Tensor | None,
+    prefix: tuple[Tensor, Tensor] | None,
     causal: bool,
     scale: float | None,
     window: int | None,
@@ -33,6 +35,13 @@ def check_attention(
     _check_qkv(q, k, v)
     batch, query_heads, n, dim = q.shape
     keys = k.shape[2]
+    if prefix is not None:
+        keys += _check_prefix(prefix, k)
+    if lengths is not None:
+        _check_lengths(lengths, batch, keys, q.device)
+        if routes is not None and query_roles is None:
+            way_out = "Say what every query is: the last columns may hold no key yet."
+            raise ValueError(message("query_roles", f"[B|1, N={n}] with routes and lengths", None, way_out))
     if causal and n > keys:
         raise ValueError(
             message("causal", f"at most K={keys} queries", f"N={n}", "Pass causal=False, or all keys of the sequence.")
@@ -60,6 +69,37 @@ def check_attention(
         heads.check_against(batch, n, query_heads, dim, q.device)
     if mask is not None:
         _check_mask(mask, batch, query_heads, n, keys, q.device)
+
+
+def _check_lengths(lengths: Tensor, batch: int, keys: int, device: torch.device) -> None:
+    require_tensor("lengths", lengths, "Pass an int32 tensor of shape [B|1].")
+    if lengths.dtype != torch.int32:
+        raise TypeError(message("lengths", "int32", lengths, "Convert with lengths.int()."))
+    if lengths.dim() != 1 or lengths.shape[0] not in (1, batch) or lengths.device != device:
+        raise ValueError(
+            message("lengths", f"shape [{batch}|1] on {device}", lengths, "Give one length per batch row.")
+        )
+    if device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = int(lengths.min()), int(lengths.max())
+        if low < 0 or high > keys:
+            raise ValueError(
+                message("lengths", f"values from 0 to K={keys}", f"{low} to {high}", "Count existing keys.")
+            )
+
+
+def _check_prefix(prefix: tuple[Tensor, Tensor], k: Tensor) -> int:
+    """The length of the prefix."""
+    if not isinstance(prefix, (tuple, list)) or len(prefix) != 2:
+        raise TypeError(message("prefix", "a pair (k, v)", repr(type(prefix).__name__), "Pass prefix=(k, v)."))
+    for name, tensor in zip(("prefix[0]", "prefix[1]"), prefix, strict=True):
+        require_tensor(name, tensor, "Pass a tensor of shape [1, Hkv, P, D].")
+        if tensor.dtype != k.dtype:
+            raise TypeError(message(name, f"the dtype of k ({k.dtype})", tensor, "Convert it to that dtype."))
+        fits = tensor.dim() == 4 and tensor.shape[:2] == (1, k.shape[1]) and tensor.shape[3] == k.shape[3]
+        if not fits or tensor.shape[2] == 0 or tensor.device != k.device or tensor.shape != prefix[0].shape:
+            shape = f"shape [1, Hkv={k.shape[1]}, P, D={k.shape[3]}] on {k.device}, alike for k and v"
+            raise ValueError(message(name, shape, tensor, "All rows share the prefix: its batch dimension is 1."))
+    return prefix[0].shape[2]
 
 
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .errors import message
+from .heads import HeadEdits
 from .problem import Problem
 
 _PROBLEM = (
@@ -22,8 +24,13 @@ _PROBLEM = (
 _DIFFERENTIABLE = (0, 1, 2, 5, 6, 7, 8)
 """Positions in Problem of q, k, v, bias, factor, magnitude, gain."""
 _MASK = 9
-_TENSORS = 11
+TENSORS = 11
 """The first eleven fields of Problem are tensors or None."""
+
+_EXTRAS = (
+    "Tensor? head_scale, Tensor? head_shift, Tensor? head_replace, Tensor? head_mask, "
+    "Tensor? prefix_k, Tensor? prefix_v"
+)
 
 Forward = Callable[[Problem], tuple[Tensor, Tensor]]
 Backward = Callable[[Problem, Tensor, Tensor, Tensor, Tensor, Sequence[bool]], list[Tensor | None]]
@@ -43,8 +50,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
             "mask: expected a mask that needs no gradient, got one with requires_grad=True. "
             "Detach the mask, or learn a Routes.bias instead, which is differentiable."
         )
-    ctx.save_for_backward(*inputs[:_TENSORS], *output)
-    ctx.numbers = inputs[_TENSORS:]
+    ctx.save_for_backward(*inputs[:TENSORS], *output)
+    ctx.numbers = inputs[TENSORS:]
 
 
 def _spread(grads: Sequence[Tensor | None], count: int) -> tuple[Tensor | None, ...]:
@@ -61,7 +68,7 @@ def register_recomputed(name: str, forward: Forward) -> Any:
         return forward(Problem(*args))
 
     def backward(ctx: Any, grad_z: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors[:_TENSORS]
+        saved = ctx.saved_tensors[:TENSORS]
         again = torch.is_grad_enabled()
         wanted = [i for i in _DIFFERENTIABLE if ctx.needs_input_grad[i]]
         with torch.enable_grad():
@@ -118,11 +125,37 @@ def register_with_backward(name: str, forward: Forward, backward_kernel: Backwar
     def backward(ctx: Any, grad_z: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         wanted = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
-        grads = backward_op(grad_z, grad_lse, *saved[_TENSORS:], wanted, *saved[:_TENSORS], *ctx.numbers)
+        grads = backward_op(grad_z, grad_lse, *saved[TENSORS:], wanted, *saved[:TENSORS], *ctx.numbers)
         kept = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
         return _spread(kept, len(ctx.needs_input_grad))
 
     return _define(name, kernel, backward)
+
+
+def register_forward_only(
+    name: str,
+    forward: Callable[[Problem, HeadEdits | None, tuple[Tensor, Tensor] | None], tuple[Tensor, Tensor]],
+    way_out: str,
+) -> Any:
+    """An attention op that also takes head edits and a prefix, and refuses inputs that want a gradient."""
+
+    def kernel(*args: Any) -> tuple[Tensor, Tensor]:
+        scale, shift, replace, mask, prefix_k, prefix_v = args[-6:]
+        edited = any(x is not None for x in (scale, shift, mask))
+        heads = HeadEdits(scale, shift, replace, mask) if edited else None
+        return forward(Problem(*args[:-6]), heads, None if prefix_k is None else (prefix_k, prefix_v))
+
+    def refuse(ctx: Any, *grads: Tensor) -> Any:
+        raise NotImplementedError(
+            message("q", "inputs that need no gradient", "an input with requires_grad=True", f"Use {way_out}.")
+        )
+
+    op = torch.library.custom_op(
+        f"emokernels::{name}", kernel, mutates_args=(), schema=f"({_PROBLEM}, {_EXTRAS}) -> (Tensor z, Tensor lse)"
+    )
+    op.register_fake(lambda q, *rest: empty_outputs(q))
+    op.register_autograd(refuse)
+    return op
 
 
 def _define(name: str, kernel: Callable[..., tuple[Tensor, Tensor]], backward: Callable[..., Any]) -> Any:

@@ -113,8 +113,19 @@ def needs_schedule(problem: Problem) -> bool:
     return problem.routed or problem.mask is not None
 
 
-def attend(problem: Problem, heads: HeadEdits | None = None, need_lse: bool = True) -> tuple[Tensor, Tensor | None]:
-    """Z ``[B, H, N, D]`` (laid out as [B, N, H, D]) and lse ``[B, H, N]`` (None unless needed); no gradient."""
+def attend(
+    problem: Problem,
+    heads: HeadEdits | None = None,
+    need_lse: bool = True,
+    prefix: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Z ``[B, H, N, D]`` (laid out as [B, N, H, D]) and lse ``[B, H, N]`` (None unless needed); no gradient.
+
+    A few queries on many keys go to `decode`, a shared prefix to `prefix`, the rest through the forward kernel.
+    """
+    if prefix is not None:
+        problem = problem.prepend(prefix)
+    problem = problem.fold_lengths()
     z, lse = empty_outputs(problem.q)
     config = config_for(arch_of(problem.q), problem.q.element_size(), padded_dim(problem.q.shape[3]))
     schedule = schedule_of(problem, config.block_m, config.block_n) if needs_schedule(problem) else None

@@ -62,16 +62,20 @@ def _per_pair(table: Tensor, problem: Problem) -> Tensor:
 def _visibility(problem: Problem) -> tuple[Tensor, Tensor | None]:
     """Which keys a query sees, ``[B|1, 1|H, N, K]`` bool, and the additive mask if one was given."""
     n, keys, device = problem.q.shape[2], problem.k.shape[2], problem.q.device
-    i = torch.arange(n, device=device)[:, None] + (keys - n)
-    j = torch.arange(keys, device=device)[None, :]
-    visible = torch.ones(n, keys, dtype=torch.bool, device=device)
+    # The last query is at the last key there is: key K - 1, or key lengths - 1 of a cache that is not full.
+    end = (
+        torch.full((1, 1, 1, 1), keys, device=device) if problem.lengths is None else problem.lengths.view(-1, 1, 1, 1)
+    )
+    j = torch.arange(keys, device=device)
+    i = torch.arange(n, device=device)[:, None] + end - n
+    visible = (j < end).expand(-1, 1, n, -1)
     if problem.causal:
         visible = visible & (j <= i)
     if problem.window:
         visible = visible & (j > i - problem.window)
     mask = problem.mask
     if mask is None:
-        return visible[None, None], None
+        return visible, None
     if mask.dtype == torch.bool:
         return visible & mask, None
     return visible & (mask > torch.finfo(mask.dtype).min), mask
