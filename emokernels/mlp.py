@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,11 @@ from .neurons import NeuronEdits
 _ARGUMENTS = (
     "Tensor gate, Tensor? up, Tensor? index, Tensor? scale, Tensor? shift, Tensor? replace, Tensor? mask, str act"
 )
+_FORWARD = 8
+"""How many arguments these are."""
+_DIFFERENTIABLE = (0, 1, 3, 4, 5)
+"""Positions of gate, up, scale, shift and replace."""
+_ALL = (True,) * len(_DIFFERENTIABLE)
 
 
 def gated_activation(
@@ -36,12 +41,13 @@ def gated_activation(
         act: "silu", "gelu", "gelu_pytorch_tanh" (also called "gelu_new"), "relu" or "quick_gelu".
         neurons: edits of indexed columns of a; the others are not touched. Costs time in proportion to the number of
             edited neurons, never to F.
-        backend: "auto", "reference" or "composed".
+        backend: "auto", "reference", "composed" or "fused" (see `backends()`). Halves of one tensor ``[..., 2F]`` and
+            other views are read where they are, without a copy.
 
     Returns:
         a, contiguous, in gate's dtype and shape; fresh memory. "composed" rounds like Hugging Face's
-        ``act_fn(gate) * up``; "reference" computes in float32 (float64) and rounds once. Differentiable in gate, up
-        and the values of the edits.
+        ``act_fn(gate) * up``; "reference" and "fused" compute in float32 ("reference" in float64 for float64) and
+        round once. Differentiable in gate, up and the values of the edits.
 
     Raises:
         TypeError, ValueError, NotImplementedError: as in `attention`.
@@ -60,7 +66,7 @@ def run_activation(
         index, scale, shift = neurons.index, neurons.scale, neurons.shift
         replace, mask = neurons.replace, neurons.mask
     if (
-        backend == "composed"
+        backend in _DIRECT
         and not torch.compiler.is_compiling()
         and type(gate) is Tensor
         and torch._C._len_torch_dispatch_stack() == 0
@@ -69,7 +75,7 @@ def run_activation(
             and any(t is not None and t.requires_grad for t in (gate, up, scale, shift, replace))
         )
     ):
-        return composed.activate(gate, up, index, scale, shift, replace, mask, act)
+        return _DIRECT[backend](gate, up, index, scale, shift, replace, mask, act)
     return _OPS[backend](gate, up, index, scale, shift, replace, mask, act)
 
 
@@ -106,7 +112,7 @@ def _check(gate: Tensor, up: Tensor | None, act: str, neurons: NeuronEdits | Non
         neurons.check_against(gate.shape[0], gate.shape[1], gate.shape[2], gate.device)
 
 
-def _activation_gradients(
+def _gradients(
     grad: Tensor,
     gate: Tensor,
     up: Tensor | None,
@@ -116,8 +122,9 @@ def _activation_gradients(
     replace: Tensor | None,
     mask: Tensor | None,
     act: str,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of gate, up, scale, shift, replace, in float32 (float64) inside and rounded once."""
+    wanted: Sequence[bool],
+) -> Sequence[Tensor | None]:
+    """Gradients of gate, up, scale, shift, replace in plain torch, in float32 (float64) inside and rounded once."""
     wide = torch.float64 if gate.dtype == torch.float64 else torch.float32
     x = gate.to(wide)
     da = grad.to(wide)
@@ -149,25 +156,29 @@ def _sum_to(grad: Tensor, like: Tensor) -> Tensor:
     return grad.sum_to_size(like.shape).to(like.dtype)
 
 
-def _register(name: str, forward: Callable[..., Tensor]) -> Any:
+def _register(name: str, forward: Callable[..., Tensor], gradients: Callable[..., Sequence[Tensor | None]]) -> Any:
     def kernel_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        gate = args[0]
-        grads = _activation_gradients(grad, *args)
-        return tuple(gate.new_empty(0) if g is None else g.contiguous() for g in grads)
-
-    def fake_backward(grad: Tensor, gate: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        up, _, scale, shift, replace = args[:5]
-        wanted = (gate, up, scale, shift, replace)
+        args, given, wanted = _split(args)
+        grads = gradients(grad, *args, wanted)
         return tuple(
-            gate.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
-            for t in wanted
+            args[0].new_empty(0) if t is None or not want else torch.zeros_like(t) if g is None else g.contiguous()
+            for t, want, g in zip(given, wanted, grads, strict=True)
+        )
+
+    def fake_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        args, given, wanted = _split(args)
+        return tuple(
+            args[0].new_empty(0)
+            if t is None or not want
+            else torch.empty_like(t, memory_format=torch.contiguous_format)
+            for t, want in zip(given, wanted, strict=True)
         )
 
     backward_op = torch.library.custom_op(
         f"emokernels::{name}_backward",
         kernel_backward,
         mutates_args=(),
-        schema=f"(Tensor grad, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        schema=f"(Tensor grad, {_ARGUMENTS}, bool[]? wanted=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     )
     backward_op.register_fake(fake_backward)
 
@@ -186,16 +197,40 @@ def _register(name: str, forward: Callable[..., Tensor]) -> Any:
         ctx.act = inputs[-1]
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        dgate, dup, dscale, dshift, dreplace = backward_op(grad, *saved, ctx.act)
-        by_input = (dgate, dup, None, dscale, dshift, dreplace, None, None)
-        return tuple(g if need else None for g, need in zip(by_input, ctx.needs_input_grad, strict=True))
+        wanted = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
+        grads = backward_op(grad, *ctx.saved_tensors, ctx.act, wanted)
+        by_input: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+        for position, g, want in zip(_DIFFERENTIABLE, grads, wanted, strict=True):
+            by_input[position] = g if want else None
+        return tuple(by_input)
 
     op.register_autograd(backward, setup_context=setup_context)
     return op
 
 
+def _split(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[Tensor | None], Sequence[bool]]:
+    """Arguments of the forward op, the differentiable ones among them, and which gradients a backward op was asked."""
+    forward, rest = args[:_FORWARD], args[_FORWARD:]
+    return forward, [forward[i] for i in _DIFFERENTIABLE], rest[0] if rest and rest[0] is not None else _ALL
+
+
+def _fused(*args: Any) -> Tensor:
+    from .fused import mlp  # imports triton
+
+    return mlp.activate(*args)
+
+
+def _fused_gradients(*args: Any) -> Sequence[Tensor | None]:
+    from .fused import mlp_backward
+
+    return mlp_backward.gradients(*args)
+
+
+_DIRECT: dict[str, Callable[..., Tensor]] = {"composed": composed.activate, "fused": _fused}
+"""Backends that `run_activation` calls without the dispatcher where no gradient and no trace is asked for."""
+
 _OPS: dict[str, Any] = {
-    "reference": _register("gated_activation_reference", reference.activate),
-    "composed": _register("gated_activation_composed", composed.activate),
+    "reference": _register("gated_activation_reference", reference.activate, _gradients),
+    "composed": _register("gated_activation_composed", composed.activate, _gradients),
+    "fused": _register("gated_activation_fused", _fused, _fused_gradients),
 }
