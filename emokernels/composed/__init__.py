@@ -1,12 +1,15 @@
-"""Routed attention from stock pieces: torch's own attention kernels merged by log-sum-exp, and tiles for the rest.
+"""Routed attention from stock pieces: stock attention kernels merged by log-sum-exp, and tiles for the rest.
 
 | problem | how |
 |---|---|
 | no route changes anything | `plain`: stock attention as it is |
-| one query per row | `step`: two products and a softmax |
-| long prefill on a CPU | `spans`: stock attention per class of keys, merged |
-| short prefill whose end changes | `rows`: stock attention up to there, then tiles |
-| softcap, abs, windows, irregular masks, mixed problems, other devices | `tiles`: bounded tiles of scores |
+| one query per row, on a CPU | `step`: two products and a softmax; `prepared` once for a generation |
+| long prefill | `spans`: stock attention per class of keys (`plan`), merged (`merge`) |
+| short prefill whose end changes, on a CPU | `rows`: stock attention up to there, then tiles |
+| softcap, abs, windows, irregular masks, mixed problems, decode on a GPU | `tiles`: bounded tiles of scores |
+
+`attend` below chooses for a CPU, `device` for a GPU. Which kernels are stock says `stock`, how each is called
+`libraries`; `host` and `memo` are about what is known of roles, tables and masks, and when.
 """
 
 from __future__ import annotations
@@ -14,12 +17,15 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..problem import Problem
+from . import host
+from .device import attend_on_device
 from .layout import row_bytes
 from .mlp import activate
 from .plain import is_plain, plain, plain_with_lse
+from .prepared import Step, StepMask, prepare_step
 from .rows import attend_from, first_changed
 from .spans import attend_by_spans, group_rows
-from .step import Dense, Slices, Step, StepMask, attend_step, dense_of, prepare_step, slices_of
+from .step import Where, attend_step, dense_of, slices_of
 from .tables import inspect
 from .tiles import attend_tiled
 from .visible import visible_keys
@@ -36,8 +42,8 @@ SMALL_HALF_KEYS = 1 << 18
 
 def attend(problem: Problem, need_lse: bool = True) -> tuple[Tensor, Tensor | None]:
     """Z ``[B, H, N, D]`` and lse ``[B, H, N]`` (None unless needed); no gradient."""
-    if problem.q.device.type != "cpu":
-        return attend_tiled(problem, need_lse)
+    if not host.owns(problem.q):
+        return attend_on_device(problem, need_lse)
     if problem.roles is None or problem.query_roles is None or not problem.routed:
         return _unrouted(problem, need_lse)
     alike = inspect(problem)
@@ -59,7 +65,7 @@ def attend(problem: Problem, need_lse: bool = True) -> tuple[Tensor, Tensor | No
     elif n == 1 and queries is not None and len(queries) == 1:
         keys = row_bytes(problem.roles)
         dst = queries[0][0]
-        where: tuple[Slices, Slices] | Dense | None = None
+        where: Where | None = None
         if keys is not None:
             where = slices_of(keys[0], dst, alike) if len(keys) == 1 else dense_of(keys, dst, alike, problem)
         if where is not None:

@@ -13,11 +13,14 @@ _known: Memo[list[Run]] = Memo(512)
 
 
 def row_bytes(roles: Tensor) -> list[bytes] | None:
-    """The rows of a CPU tensor ``[B, L]`` uint8 as bytes, one when all are equal; None when it is too large."""
+    """The rows of a tensor ``[B, L]`` uint8 as bytes, one when all are equal; None when it is too large.
+
+    Roles on a device are read once per tensor and version (`memo.content`).
+    """
     key = content(roles)
     if key is None:
         return None
-    every: bytes = key[2]  # type: ignore[assignment]
+    every = key[2]
     length = roles.shape[1]
     first = every[:length]
     if every == first * roles.shape[0]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..problem import Problem
 from ..routes import ROLES
+from . import host
 from .layout import Run, known_runs, row_bytes
 from .tables import Alike, inspect
 
@@ -36,7 +37,7 @@ class Lookup:
         self.query_bytes: bytes | None = None
         self.row_edges: tuple[int, ...] = ()
         self.masks = self.bias is not None
-        if problem.q.device.type == "cpu":
+        if host.owns(problem.q):
             self.alike = inspect(problem)
             self.masks = self.alike.masks
             keys, queries = row_bytes(roles), row_bytes(query_roles)

@@ -3,9 +3,13 @@
 Query rows are cut into bands of at most `BAND_ROWS`, bands into blocks of about `BLOCK_ROWS`. Keys before a band's
 diagonal are visible to all its rows: those of one class (roles that act alike, see `tables`) are one call without
 mask for the whole band. Inside the band, a block sees the band's keys before it in one more such call, and the keys
-on its own diagonal in a causal call. No pair is computed twice, and since stock causal kernels compute whole tiles
-around the diagonal and then hide half of them, small causal calls beside large full ones waste less than one causal
-call over everything.
+on its own diagonal in a causal call. No pair is computed twice, and since stock causal kernels of a CPU compute whole
+tiles around the diagonal and then hide half of them, small causal calls beside large full ones waste less than one
+causal call over everything. GPU kernels skip hidden tiles and are paid per launch: there rows are cut only where their
+classes of keys change.
+
+Causal calls are square, N queries on the N keys of their own diagonal: libraries do not agree on where the diagonal of
+another shape lies.
 
 A class whose keys are scattered (system text before the image, the question after it) is gathered once into a buffer,
 in key order: what a band sees of it is then a prefix of the buffer.
@@ -65,9 +69,21 @@ class Plan(NamedTuple):
     buffers: tuple[Ranges, ...]
     bands: tuple[Band, ...]
 
+    def only_piece(self, n: int) -> Piece | None:
+        """The call that is the whole plan for n query rows, or None when it takes more."""
+        pieces = [piece for band in self.bands for piece in band.pieces]
+        pieces += [piece for band in self.bands for block in band.blocks for piece in block.pieces]
+        covered = len(self.bands) == 1 and (self.bands[0].i0, self.bands[0].i1) == (0, n)
+        return pieces[0] if covered and len(pieces) == 1 and len(self.bands[0].blocks) == 1 else None
+
 
 def make_plan(
-    roles: bytes, query_roles: bytes, visible: Visible, label: tuple[tuple[int, ...], ...], gather: bool
+    roles: bytes,
+    query_roles: bytes,
+    visible: Visible,
+    label: tuple[tuple[int, ...], ...],
+    gather: bool,
+    cut: bool = True,
 ) -> Plan:
     """The plan for one layout.
 
@@ -77,14 +93,15 @@ def make_plan(
         visible: the keys that the queries see.
         label: ``label[dst][src]``, equal for source roles that act alike for this destination role.
         gather: collect a scattered class in one buffer (many rows), or call each of its ranges by itself (few rows,
-        where
-            copying keys costs more than calls).
+            where copying keys costs more than calls).
+        cut: bands and blocks of bounded size, for a CPU; False makes them as long as the layout allows, for a GPU.
     """
+    band_rows, block_rows = (BAND_ROWS, BLOCK_ROWS) if cut else (len(query_roles), len(query_roles))
     key_runs = runs(roles)
     classes = _Classes(key_runs, visible, gather)
     bands = []
     for start, stop in _segments(query_roles, key_runs, visible, label):
-        for a, b in _even_parts(start, stop, -(-(stop - start) // BAND_ROWS)):
+        for a, b in _even_parts(start, stop, -(-(stop - start) // band_rows)):
             partition = label[query_roles[a]]
             role = query_roles[a] if query_roles[a:b].count(query_roles[a]) == b - a else None
             diagonal = a + visible.offset < visible.stop
@@ -93,7 +110,7 @@ def make_plan(
                 here = partition[roles[a + visible.offset]]
                 blocks = [
                     _diagonal_block(a, i0, i1, here, visible)
-                    for i0, i1 in _even_parts(a, b, round((b - a) / BLOCK_ROWS))
+                    for i0, i1 in _even_parts(a, b, round((b - a) / block_rows))
                 ]
             bands.append(Band(a, b, role, classes.pieces(a, partition), tuple(blocks)))
     return Plan(_needed(classes.buffers, bands), tuple(bands))

@@ -5,6 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import host
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """What scores, weights and sums are kept in: float32, float64 for float64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """A bool or additive mask as values to add: -inf hides. Adding a small mask to large scores beats filling them."""
@@ -18,7 +25,8 @@ def finish(p: Tensor, top: Tensor, may_be_empty: bool, need_lse: bool) -> Tensor
     empty = None
     if may_be_empty:
         empty = top == -torch.inf
-        if p.device.type != "cpu" or bool(empty.any()):
+        # On a device looking would cost more than filling.
+        if not host.owns(p) or bool(empty.any()):
             p.masked_fill_(empty.unsqueeze(-1), 0.0)
         else:
             empty = None

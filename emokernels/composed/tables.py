@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..problem import Problem
 from ..routes import ROLES
-from .memo import Memo, content
+from .memo import Memo, content, restore
 
 Flags = tuple[tuple[bool, ...], ...]
 
@@ -59,12 +59,12 @@ _known: Memo[Alike] = Memo(256)
 
 
 def inspect(problem: Problem) -> Alike:
-    """Read the tables of a problem on the CPU. Remembered by content."""
+    """Read the tables of a problem. Remembered by content; tables on a device are read once per tensor and version."""
     tables = (problem.bias, problem.factor, problem.magnitude, problem.gain)
     keys = tuple(None if table is None else content(table) for table in tables)
     if any(key is None and table is not None for key, table in zip(keys, tables, strict=True)):
         return _inspect(*tables)
-    return _known.get(keys, lambda: _inspect(*tables))
+    return _known.get(keys, lambda: _inspect(*(None if key is None else restore(key) for key in keys)))
 
 
 def _inspect(bias: Tensor | None, factor: Tensor | None, magnitude: Tensor | None, gain: Tensor | None) -> Alike:
@@ -88,3 +88,7 @@ def _differs(table: Tensor | None, neutral: float) -> Flags:
     if table is None:
         return ((False,) * ROLES,) * ROLES
     return tuple(tuple(row) for row in (table.detach() != neutral).flatten(0, 1).any(0).tolist())
+
+
+NOTHING = _inspect(None, None, None, None)
+"""No table changes anything: all source roles act alike."""

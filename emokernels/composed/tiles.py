@@ -17,13 +17,17 @@ import torch
 from torch import Tensor
 
 from ..problem import Problem
+from . import host
 from .lookup import Lookup
-from .softmax import additive, finish
+from .softmax import accumulator, additive, finish
 
 TILE = 1 << 19
 """Scores in one tile (2 MB of float32): fits the second-level cache of a CPU with room for keys and values."""
 TILE_ROWS = 128
 """Query rows in one tile: enough for a good matrix product, few enough to skip most keys after the diagonal."""
+DEVICE_TILE = 1 << 24
+"""Scores in one tile on a GPU (64 MB of float32), which is paid per launch: a decode step of a batch is one tile."""
+DEVICE_TILE_ROWS = 512
 
 
 class Cut(NamedTuple):
@@ -43,7 +47,7 @@ def attend_tiled(problem: Problem, need_lse: bool = True) -> tuple[Tensor, Tenso
     """Z ``[B, H, N, D]`` and lse ``[B, H, N]`` (None unless needed)."""
     q = problem.q
     batch, heads, n, dim = q.shape
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = accumulator(q.dtype)
     tiles = Tiles(problem, wide)
     cuts = tiles.cuts()
     if len(cuts) == 1 and n == 1 and q.dtype == wide:
@@ -77,12 +81,13 @@ class Tiles:
         self.may_be_empty = problem.mask is not None or (self.lookup is not None and self.lookup.masks)
 
     def cuts(self) -> list[Cut]:
-        """Rectangles that cover the problem, each with at most TILE scores or one row of one key head."""
+        """Rectangles that cover the problem, each with at most `TILE` scores or one row of one key head."""
         batch, _, n, _ = self.problem.q.shape
         key_heads, keys = self.problem.k.shape[1], self.problem.k.shape[2]
-        rows = max(1, min(n, TILE_ROWS, TILE // (self.share * keys)))
-        heads = max(1, min(key_heads, TILE // (rows * self.share * keys)))
-        together = max(1, min(batch, TILE // (rows * self.share * keys * key_heads))) if heads == key_heads else 1
+        tile, tile_rows = (TILE, TILE_ROWS) if host.owns(self.problem.q) else (DEVICE_TILE, DEVICE_TILE_ROWS)
+        rows = max(1, min(n, tile_rows, tile // (self.share * keys)))
+        heads = max(1, min(key_heads, tile // (rows * self.share * keys)))
+        together = max(1, min(batch, tile // (rows * self.share * keys * key_heads))) if heads == key_heads else 1
         edges = self.lookup.row_edges if self.lookup is not None else ()
         cuts = []
         i0 = 0

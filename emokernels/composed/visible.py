@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..problem import Problem
-from .memo import LastSeen
+from . import host
+from .memo import Seen
 
 
 class Visible(NamedTuple):
@@ -24,11 +25,15 @@ class Visible(NamedTuple):
     offset: int
 
 
-_last_mask = LastSeen()
+_masks: Seen[list[Visible] | None] = Seen(8)
+"""A model has a few masks at a time, one for each kind of its layers."""
 
 
 def visible_keys(problem: Problem) -> list[Visible] | None:
-    """One entry per batch row (a single one when all rows are alike), or None when the mask is of another form."""
+    """One entry per batch row (a single one when all rows are alike), or None when the mask is of another form.
+
+    A mask on a device is analysed there; two small results are read, once per mask object and version.
+    """
     n, keys = problem.q.shape[2], problem.k.shape[2]
     offset = keys - n if problem.causal else keys
     if problem.window and problem.window < keys:
@@ -38,39 +43,56 @@ def visible_keys(problem: Problem) -> list[Visible] | None:
         return [Visible(0, keys, offset)]
     if mask.shape[1] != 1:
         return None
-    found = _last_mask.get(mask, None, lambda: _read(mask))
+    found = _masks.get(mask, lambda: _read(mask))
     if found is None:
         return None
     return [Visible(one.start, one.stop, min(one.offset, offset)) for one in found]
 
 
 def _read(mask: Tensor) -> list[Visible] | None:
+    """Guess every row's interval from its last query and its diagonal from the first, then compare the whole mask."""
+    shown, only_hides = mask, None
     if mask.dtype != torch.bool:
-        hides = mask <= torch.finfo(mask.dtype).min
-        if not bool((hides | (mask == 0)).all()):
-            return None
-        mask = ~hides
-    rows = [_read_row(mask[b, 0]) for b in range(mask.shape[0])]
-    known = [row for row in rows if row is not None]
-    return known if len(known) == len(rows) else None
+        hidden = mask <= torch.finfo(mask.dtype).min
+        shown, only_hides = ~hidden, (hidden | (mask == 0)).all()
+    rows = shown[:, 0]
+    measured = host.read(_measure(rows)).tolist()
+    guesses = [_guess(start, count, first, seen, rows.shape[2]) for start, count, first, seen in measured]
+    same = [(_as_mask(guess, rows[0]) == row).all() for guess, row in zip(guesses, rows, strict=True)]
+    if only_hides is not None:
+        same.append(only_hides)
+    return guesses if bool(host.read(torch.stack(same)).all()) else None
 
 
-def _read_row(mask: Tensor) -> Visible | None:
-    """Guess the interval from the last query and the diagonal from the first, then compare the whole mask."""
-    n, keys = mask.shape
-    last = mask[-1]
-    count = int(last.sum())
+def _measure(rows: Tensor) -> Tensor:
+    """Per row of ``[B, N, K]``, int64 ``[B, 4]``.
+
+    The first key and the number of keys that the last query sees, the first query that sees this key, and how many keys
+    that query sees.
+    """
+    last = rows[:, -1]
+    start = last.to(torch.uint8).argmax(-1)
+    column = rows.gather(2, start[:, None, None].expand(-1, rows.shape[1], 1)).squeeze(2)
+    first = column.to(torch.uint8).argmax(-1)
+    seen = rows.gather(1, first[:, None, None].expand(-1, 1, rows.shape[2])).squeeze(1)
+    return torch.stack([start, last.sum(-1), first, seen.sum(-1)], 1)
+
+
+def _guess(start: int, count: int, first: int, seen: int, keys: int) -> Visible:
+    """The only interval and diagonal that `_measure` can have come from."""
     if count == 0:
-        return Visible(0, 0, keys) if not bool(mask.any()) else None
-    start = int(last.to(torch.uint8).argmax())
+        return Visible(0, 0, keys)
     stop = start + count
     # Key `start` is first seen by query i0 = max(0, start - offset). It sees keys below min(stop, i0 + offset + 1).
-    first = int(mask[:, start].to(torch.uint8).argmax())
-    seen = int(mask[first].sum())
     offset = start + seen - 1 - first if start + seen < stop or first > 0 else keys
-    guess = torch.ones(n, keys, dtype=torch.bool, device=mask.device)
-    if offset < keys:
-        guess = guess.tril_(offset)
-    guess[:, :start] = False
-    guess[:, stop:] = False
-    return Visible(start, stop, offset) if torch.equal(guess, mask) else None
+    return Visible(start, stop, offset)
+
+
+def _as_mask(visible: Visible, like: Tensor) -> Tensor:
+    """``[N, K]`` bool."""
+    mask = torch.ones_like(like, memory_format=torch.contiguous_format)
+    if visible.offset < like.shape[1]:
+        mask = mask.tril_(visible.offset)
+    mask[:, : visible.start] = False
+    mask[:, visible.stop :] = False
+    return mask

@@ -79,8 +79,9 @@ def covered(plan, n, keys):
     return count
 
 
+@pytest.mark.parametrize("cut", [True, False])
 @pytest.mark.parametrize("gather", [True, False])
-def test_plans_cover_every_visible_pair_once(monkeypatch, gather):
+def test_plans_cover_every_visible_pair_once(monkeypatch, gather, cut):
     monkeypatch.setattr("emokernels.composed.plan.BLOCK_ROWS", 3)
     monkeypatch.setattr("emokernels.composed.plan.BAND_ROWS", 8)
     choose = random.Random(0)
@@ -93,7 +94,7 @@ def test_plans_cover_every_visible_pair_once(monkeypatch, gather):
         label = tuple(tuple(min(src, choose.randint(0, 5)) for src in range(6)) for _ in range(6))
         start = choose.randint(0, keys - 1)
         visible = Visible(start, choose.randint(start + 1, keys), choose.choice([keys - n, keys, 0]))
-        plan = make_plan(roles, roles[keys - n :], visible, label, gather)
+        plan = make_plan(roles, roles[keys - n :], visible, label, gather, cut)
         assert torch.equal(covered(plan, n, keys), brute(visible, n, keys).long())
         for band in plan.bands:
             for piece in (*band.pieces, *(piece for block in band.blocks for piece in block.pieces)):
@@ -120,6 +121,22 @@ def test_a_llava_prompt_takes_few_calls():
         (13, 20, 2, 1),
     ]
     assert plan.buffers == (((0, 3),), ((3, 13),))
+
+
+def test_without_cuts_a_segment_is_one_band():
+    """And a plan of one call says so."""
+    label = ((0,) * 6,) * 6
+    n = 3000
+    plan = make_plan(bytes(n), bytes(n), Visible(0, n, 0), label, True, cut=False)
+    assert [(band.i0, band.i1, len(band.blocks)) for band in plan.bands] == [(0, n, 1)]
+    assert plan.only_piece(n) == (0, None, 0, n, True)
+    assert make_plan(bytes(n), bytes(n), Visible(0, n, 0), label, True).only_piece(n) is None
+    assert make_plan(bytes(n), bytes(n), Visible(0, n, n), label, True, cut=False).only_piece(n) == (0, 0, 0, n, False)
+    after_cached = make_plan(bytes(n), bytes(n - 7), Visible(0, n, 7), label, True, cut=False)
+    assert len(after_cached.bands) == 1
+    assert after_cached.only_piece(n - 7) is None
+    padded = make_plan(bytes(n), bytes(n), Visible(5, n, 0), label, True, cut=False)
+    assert (padded.bands[0].i0, padded.only_piece(n)) == (5, None)
 
 
 def test_roles_act_alike_only_when_every_head_and_row_says_so():
