@@ -191,6 +191,11 @@ class AuditProblem:
     mask: Tensor | None = None
     act: str = "silu"
 
+    @property
+    def expects(self) -> dict[str, bool]:
+        """Loads of 16 bytes; the few narrow ones of edited entries would outnumber them in a count."""
+        return {"wide": self.index is None}
+
 
 def _audit_problem(dtype: torch.dtype, width: int, gated: bool, edits: str, act: str) -> AuditProblem:
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -217,11 +222,11 @@ def audit_problems() -> Iterator[AuditProblem]:
         yield _audit_problem(torch.bfloat16, 11008, True, "scale", act)
 
 
-def audit_launches(arch: str) -> Iterator[tuple[str, Launch]]:
+def audit_launches(arch: str) -> Iterator[tuple[str, Launch, dict[str, bool]]]:
     """Every launch worth compiling for an architecture, on meta tensors."""
     for p in audit_problems():
         out = torch.empty_like(p.gate)
         launch = gated_activation_launch(
             p.gate, p.up, out, p.index, p.scale, p.shift, p.replace, p.mask, p.act, arch
         )  # fmt: skip
-        yield f"gated_activation {p.name}", launch
+        yield f"gated_activation {p.name}", launch, p.expects

@@ -184,7 +184,7 @@ def gradients(
     return (dgate, dup, *sums)
 
 
-def audit_launches(arch: str) -> Iterator[tuple[str, Launch]]:
+def audit_launches(arch: str) -> Iterator[tuple[str, Launch, dict[str, bool]]]:
     """Every launch worth compiling for an architecture, on meta tensors."""
     for p in audit_problems():
         part = None
@@ -194,7 +194,5 @@ def audit_launches(arch: str) -> Iterator[tuple[str, Launch]]:
         launch = gated_activation_backward_launch(
             p.gate, p.gate, p.up, dgate, dup, p.index, p.scale, p.mask, part, part, part, p.act, arch
         )
-        yield (
-            f"gated_activation_backward {p.name}{' and gradients of their values' if part is not None else ''}",
-            launch,
-        )
+        name = f"gated_activation_backward {p.name}{'' if part is None else ' and gradients of their values'}"
+        yield name, launch, p.expects

@@ -486,8 +486,8 @@ def test_compiles_whole_and_does_not_recompile_after_a_refill():
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_audit_launches_are_built_from_meta_tensors(arch):
     launches = [*fused.audit_launches(arch), *fused_backward.audit_launches(arch)]
-    assert len({name for name, _ in launches}) == len(launches)
-    for _, launch in launches:
+    assert len({name for name, *_ in launches}) == len(launches)
+    for _, launch, _ in launches:
         tensors = [value for value in launch.args.values() if isinstance(value, torch.Tensor)]
         assert all(tensor.device.type == "meta" for tensor in tensors)
         assert {*launch.args, *launch.meta} == set(launch.kernel.arg_names)
