@@ -12,7 +12,7 @@ from torch import Tensor
 
 def owns(tensor: Tensor) -> bool:
     """True when the host reads the values of a tensor without waiting."""
-    return tensor.device.type == "cpu"
+    return tensor.is_cpu
 
 
 def read(tensor: Tensor) -> Tensor:

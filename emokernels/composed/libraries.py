@@ -15,6 +15,7 @@ import contextlib
 import functools
 import importlib
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -35,24 +36,25 @@ def cpu_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -
 
 
 def capability(tensor: Tensor | None = None) -> tuple[int, int] | None:
-    """Compute capability of the GPU a tensor is on, or of the current one; None when there is none."""
+    """Compute capability of the GPU a tensor is on, or of the first one torch used; None when there is none."""
     if tensor is None:
-        return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+        return _capability(None)
     return _capability(tensor.device.index) if tensor.is_cuda else None
 
 
 @functools.cache
-def _capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
+def _capability(index: int | None) -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability(index) if torch.cuda.is_available() else None
 
 
-class Kernel:
+class Kernel(ABC):
     """One stock attention kernel of a GPU."""
 
     name: str
     """What a user calls it (`stock.CHOICE`)."""
-    majors: tuple[int, ...] = tuple(range(8, 100))
-    """Compute capabilities it runs on, by their first number."""
+    majors: range | tuple[int, ...] = range(8, 100)
+    """Compute capabilities it runs on, by their first number; `needs` says it in words."""
+    needs = "8.0 or higher"
     dtypes: tuple[torch.dtype, ...] = HALVES
     max_dim = 256
     expanded = True
@@ -83,15 +85,14 @@ class Kernel:
             return "it takes no expanded (stride 0) tensors"
         return self._wrong_gpu(gpu)
 
+    @abstractmethod
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
         """Attention as the module describes it."""
-        raise NotImplementedError
 
     def _wrong_gpu(self, gpu: tuple[int, int]) -> str | None:
         if gpu[0] in self.majors:
             return None
-        known = f"{self.majors[0]}.x" + (f" to {self.majors[-1]}.x" if 1 < len(self.majors) < 50 else "")
-        return f"it needs compute capability {known}{' or higher' if len(self.majors) >= 50 else ''}, not %d.%d" % gpu
+        return f"it needs compute capability {self.needs}, this GPU has {gpu[0]}.{gpu[1]}"
 
 
 class FlashAttention2(Kernel):
@@ -135,7 +136,7 @@ class FlashAttention3(FlashAttention2):
 
     name = "flash3"
     module = "flash_attn_interface"
-    majors = (9,)
+    majors, needs = (9,), "9.x"
     expanded = False
 
 
@@ -145,8 +146,8 @@ class FlashAttention4(FlashAttention2):
     name = "flash4"
     module = "flash_attn.cute"
     option = "return_lse"
-    majors = (9, 10)
-    max_dim = 128  # 256 on Hopper, but 128 everywhere
+    majors, needs = (9, 10), "9.x or 10.x"
+    max_dim = 128  # more on some GPUs, this on all
     expanded = False
 
 
@@ -176,7 +177,7 @@ class Cudnn(_Torch):
 
     name = "cudnn"
     asks = "can_use_cudnn_attention"
-    majors = (9, 10)
+    majors, needs = (9, 10), "9.x or 10.x"
     expanded = False
 
     @functools.cached_property
@@ -210,7 +211,7 @@ class Efficient(_Torch):
 
     name = "efficient"
     asks = "can_use_efficient_attention"
-    majors = tuple(range(7, 100))
+    majors, needs = range(7, 100), "7.0 or higher"
     dtypes = (*HALVES, torch.float32)
     max_dim = 1 << 16
 

@@ -84,8 +84,9 @@ def choose(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Kernel:
     raise Refused
 
 
+@torch.compiler.assume_constant_result
 def describe() -> str:
-    """What `composed` is made of on this machine, for `emokernels.backends`."""
+    """What `composed` is made of on this machine, for `emokernels.backends`, which compiled functions call too."""
     text = "stock attention merged by log-sum-exp: torch's flash kernel on a CPU"
     if libraries.capability() is None:
         return text

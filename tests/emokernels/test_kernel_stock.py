@@ -307,6 +307,9 @@ def test_an_old_cudnn_is_not_used(machine):
     q = torch.empty(1, 2, 8, 64, dtype=torch.half)
     assert stock.choose(q, q, q, True).name == "flash"
     assert "cudnn: cuDNN 91002 is too old" in stock.describe()
+    machine.gpu((8, 6))
+    assert "flash3: it needs compute capability 9.x, this GPU has 8.6" in stock.describe()
+    machine.gpu((9, 0))
     machine.cudnn(None)
     machine.install()
     assert "this torch has no cuDNN" in stock.describe()
@@ -336,6 +339,12 @@ def test_what_backends_can_say(machine):
     machine.patch.setattr(libraries, "capability", lambda tensor=None: None)
     assert stock.describe() == "stock attention merged by log-sum-exp: torch's flash kernel on a CPU"
     assert all(kernel.missing() == "no CUDA GPU is visible to torch" for kernel in stock.KERNELS)
+
+
+def test_describing_does_not_break_a_graph():
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: x + len(stock.describe()), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(torch.zeros(2)), torch.full((2,), float(len(stock.describe()))))
 
 
 def test_a_named_kernel_is_used_or_an_error(machine):
