@@ -13,6 +13,7 @@ from ._version import __version__
 from .attention import AttentionOutput, attention
 from .backends import Backend, backends
 from .edits import edit_neurons
+from .fold import fold_gain
 from .heads import HeadEdits
 from .mlp import gated_activation
 from .neurons import NeuronEdits
@@ -29,5 +30,6 @@ __all__ = [
     "attention",
     "backends",
     "edit_neurons",
+    "fold_gain",
     "gated_activation",
 ]
