@@ -98,7 +98,7 @@ def fold_gain(weight: Tensor, index: Tensor, scale: Tensor | float, *, dim: int 
             Only the edited columns are kept for the way back: ``n * d_model`` elements.
         index: ``[n]`` int64, neurons, each once, on weight's device.
         scale: gains, a float tensor ``[n]`` or one number for all; used in float32 and rounded once.
-        dim: the dimension of weight that counts neurons: 1 in ``nn.Linear``, 0 in GPT-2's ``Conv1D`` (``[F, d_model]``).
+        dim: the dimension of weight that counts neurons: 1 in ``nn.Linear``, 0 in GPT-2's ``Conv1D`` (``[F, d]``).
 
     Returns:
         Folded, in force at once; ``.undo()`` or leaving its ``with`` block restores the weight bit for bit.
