@@ -39,6 +39,8 @@ class Context:
         self.prompt = torch.empty(0)
         self.query_roles: Tensor | None = None
         self._first = self.seen = 0
+        self._count: Tensor | None = None
+        self._generated: Tensor | None = None
         self._keys: dict[int, Tensor] = {}
         self._mask: tuple[Tensor | None, torch.dtype, Any] | None = None
         self.prefill = True
@@ -100,6 +102,20 @@ class Context:
         self._phases(prompt=prompt or past == 0, answer=not prompt)
         return False
 
+    def may_step_compiled(self, kwargs: dict[str, Any]) -> bool:
+        """Whether this forward pass is a decode step of a prompt that is known, which a compiled graph can contain."""
+        given = kwargs.get("input_ids")
+        if given is None:
+            given = kwargs.get("inputs_embeds")
+        return self.buffer is not None and given is not None and given.shape[1] == 1
+
+    def step_compiled(self) -> None:
+        """One decode step inside a compiled graph. Nothing depends on how many there were: it is traced once."""
+        assert self._count is not None
+        self._count.add_(1)
+        self.query_roles = self._generated
+        self._phases(prompt=False, answer=True)
+
     def _phases(self, prompt: bool, answer: bool) -> None:
         self.prefill = prompt
         self.phases = PHASES[prompt, answer]
@@ -127,7 +143,9 @@ class Context:
         else:
             roles = prompt_roles(ids, real_tokens(kwargs.get("attention_mask"), start, length), self.placeholders)
         device = ids.device if ids is not None else kwargs["inputs_embeds"].device
-        buffer = torch.full((batch, length + GROWTH), int(Role.GENERATED), dtype=torch.uint8, device=device)
+        # In whole steps of GROWTH, so that a graph compiled on one prompt fits the next.
+        columns = (length // GROWTH + 2) * GROWTH
+        buffer = torch.full((batch, columns), int(Role.GENERATED), dtype=torch.uint8, device=device)
         buffer[:, :length] = roles
         return buffer
 
@@ -139,10 +157,25 @@ class Context:
                 "keep the rows of a batch together until its generation ends"
             )
         self._grow(past + length)
+        self._ready_to_compile(batch, past + length)
         self.query_roles = None  # sliced when a layer asks
         self._first, self.seen = past, past + length
         self._keys = {}
         self._mask = None
+
+    def _ready_to_compile(self, batch: int, columns: int) -> None:
+        """What a compiled decode step reads: the number of columns so far, on the device, and the roles of its rows."""
+        assert self.buffer is not None
+        device = self.buffer.device
+        if self._count is None or self._count.device != device:
+            with torch.inference_mode(False):  # outlives this call
+                self._count = torch.zeros((), dtype=torch.int64, device=device)
+            # Compiled graphs add to it in place.
+            torch._dynamo.mark_static_address(self._count, guard=False)
+        self._count.fill_(columns)
+        if self._generated is None or self._generated.shape[0] != batch or self._generated.device != device:
+            with torch.inference_mode(False):
+                self._generated = torch.full((batch, 1), int(Role.GENERATED), dtype=torch.uint8, device=device)
 
     def _grow(self, columns: int) -> None:
         assert self.buffer is not None
@@ -160,6 +193,10 @@ class Context:
         """Roles ``[B, keys]`` of the key columns a layer holds; a sliding cache has dropped the oldest ones."""
         assert self.buffer is not None
         self._grow(keys)
+        if torch.compiler.is_compiling() and not self.prefill:
+            assert self._count is not None
+            dropped_now = (self._count - keys).clamp(min=0)
+            return self.buffer.index_select(1, torch.arange(keys, device=self.buffer.device) + dropped_now)
         if keys not in self._keys:
             dropped = max(0, self.seen - keys)
             self._keys[keys] = self.buffer[:, dropped : dropped + keys]

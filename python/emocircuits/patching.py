@@ -24,6 +24,7 @@ from emocircuits import attention as hf_attention
 from emocircuits.context import Context
 from emocircuits.edits import AddVector, ReplaceVector, ScaleNeurons, Site
 from emocircuits.families import Handle, open_model
+from emocircuits.folding import Folding
 from emocircuits.plan import Plan
 from emocircuits.tables import LayerTables, check, compile_plan
 from emokernels import Role, Routes
@@ -75,7 +76,7 @@ class _AttentionSite:
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scaling: float | None, causal: bool
     ) -> Tensor:
         context, tables = self.patched.context, self.tables()
-        if self.prepared is not None and self.may_step(query, key, value):
+        if self.may_step(query, key, value) and self.prepared is not None:
             prepared_tables, prompt, step = self.prepared
             if step is not None and prepared_tables is tables and prompt is context.prompt:
                 scale = query.shape[3] ** -0.5 if scaling is None else scaling
@@ -102,11 +103,11 @@ class _AttentionSite:
         """Whether this call is a decode step that can run as it was prepared at an earlier one of the same prompt."""
         context = self.patched.context
         return (
-            query.shape[2] == 1
+            not torch.compiler.is_compiling()
+            and query.shape[2] == 1
             and not context.prefill
             and context.seen <= key.shape[2]
             and self.patched.tap is None
-            and not torch.compiler.is_compiling()
             and not (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad))
         )
 
@@ -120,10 +121,13 @@ class Patched:
         backend: the attention backend that edited layers run on.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, backend: str, roles: Tensor | None, tap: Tap | None) -> None:
+    def __init__(
+        self, model: nn.Module, plan: Plan, backend: str, roles: Tensor | None, tap: Tap | None, fold: bool = False
+    ) -> None:
         self.handle: Handle = open_model(model)
+        self.folding = Folding(self.handle) if fold else None
         self.model, self.plan, self.backend, self.tap = model, plan, backend, tap
-        self.resolved = resolve(backend)
+        self.resolved = resolve(backend, next(self.handle.text.parameters()))
         self._check(plan)
         self.context = Context(self.handle.placeholder_ids(), roles)
         self.tables: dict[int, LayerTables] = {}
@@ -134,6 +138,7 @@ class Patched:
     # -- checks --------------------------------------------------------------------------------------------------
     def _check(self, plan: Plan) -> None:
         check(plan, self.handle.geometry)
+        self._unfolded(plan)
         if Role.VISUAL in plan.roles_used() and not self.handle.sees:
             raise ValueError(
                 f"the plan edits visual tokens, but {type(self.model).__name__} is a text-only model; "
@@ -189,7 +194,9 @@ class Patched:
         self._hook(handle.backbone.register_forward_pre_hook, self._before_forward, with_kwargs=True)
         if hasattr(self.model, "generate"):
             self._set(self.model, "generate", functools.partial(_generate, self, getattr(self.model, "generate")))  # noqa: B009
-        self._install_places(self.plan)
+        if self.folding is not None:
+            self._undo.callback(self.folding.undo)
+        self._install_places(self._unfolded(self.plan))
         if not self.plan.per_batch():
             self._fill(1)
 
@@ -246,6 +253,14 @@ class Patched:
         _refuse_attentions(module, kwargs)
         if args:
             kwargs = {"input_ids": args[0], **kwargs}
+        if torch.compiler.is_compiling() and self.context.may_step_compiled(kwargs):
+            self.context.step_compiled()
+        else:
+            self._begin(kwargs)
+
+    @torch.compiler.disable
+    def _begin(self, kwargs: dict[str, Any]) -> None:
+        """Roles of a prompt are found, and tables filled, outside of compiled graphs."""
         if self.context.begin(kwargs):
             self._require_visual()
             self._fill(self.context.batch)
@@ -268,11 +283,22 @@ class Patched:
         """Compile the plan for a batch of this size, unless that was just done."""
         key = (self.plan, batch if self.plan.per_batch() else None)
         if self._filled is None or self._filled != key:
+            plan = self.plan if self.folding is None else self.folding.put(self.plan)
             parameter = next(self.handle.text.parameters())
             # Tables outlive this call; made in inference mode they could not serve a gradient later.
             with torch.inference_mode(False):
-                self.tables = compile_plan(self.plan, self.handle.geometry, batch, parameter.device, parameter.dtype)
+                new = compile_plan(plan, self.handle.geometry, batch, parameter.device, parameter.dtype)
+            # Tables of the same form are refilled where they are: compiled graphs hold them.
+            if not torch.is_grad_enabled():
+                for layer in self.tables.keys() & new.keys():
+                    if self.tables[layer].refill(new[layer]):
+                        new[layer] = self.tables[layer]
+            self.tables = new
             self._filled = key
+
+    def _unfolded(self, plan: Plan) -> Plan:
+        """What tables and hooks have to do of a plan: all of it, or what is not folded into the weights."""
+        return plan if self.folding is None else self.folding.rest(plan)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
         """Edited attention: ``[B, N, H, D]`` from Hugging Face's ``[B, H, N, D]`` inputs."""
@@ -298,12 +324,18 @@ class Patched:
             ValueError, NotImplementedError: as :func:`patch`; the old plan then stays in force.
         """
         self._check(plan)
-        self._install_places(plan)
+        self._install_places(self._unfolded(plan))
         self.plan = plan
 
 
 def patch(
-    model: nn.Module, plan: Plan, *, backend: str = "auto", roles: Tensor | None = None, tap: Tap | None = None
+    model: nn.Module,
+    plan: Plan,
+    *,
+    backend: str = "auto",
+    roles: Tensor | None = None,
+    tap: Tap | None = None,
+    fold: bool = False,
 ) -> Patched:
     """Put ``plan`` into ``model`` for the length of a ``with`` block.
 
@@ -320,10 +352,14 @@ def patch(
             never falls back.
         roles: ``[B, N]`` uint8 of :class:`emokernels.Role`, instead of finding them (needed with ``inputs_embeds``).
         tap: called with a :class:`Tapped` at every attention call.
+        fold: put the factors of ScaleNeurons edits into the weights of the down projections (:mod:`emocircuits.folding`)
+            instead of multiplying activations: no cost at run time, other rounding.
 
     Raises:
         TypeError: ``model`` or ``plan`` is not one.
-        ValueError: the plan names what the model does not have, or the model is already patched or compiled.
+        ValueError: the plan names what the model does not have, or the model is already patched or compiled; with
+            ``fold``, a ScaleNeurons edit that is not the same for all rows, roles and phases, or weights that cannot be
+            scaled (quantised, shared).
         NotImplementedError: the model's family, or the backend, is not available.
         ValueError, NotImplementedError: inside the block, for what a patched model cannot do: ``output_attentions``,
             beam search, a batch whose rows do not fit the plan, a visual edit on a prompt without an image.
@@ -332,7 +368,7 @@ def patch(
         raise TypeError(
             f"plan is {type(plan).__name__}: expected a Plan, such as Plan([BoostRoute(...)]) or Plan.load(path)"
         )
-    return Patched(model, plan, backend, roles, tap)
+    return Patched(model, plan, backend, roles, tap, fold)
 
 
 def _configs(model: nn.Module) -> list[Any]:

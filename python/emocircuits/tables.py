@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses as dc
-import functools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,6 +50,8 @@ class HeadTable:
     mask: Tensor | None = None
     columns: Tensor | None = None
     column_mask: Tensor | None = None
+    decode: HeadEdits = dc.field(init=False)
+    """The edits of generated rows: views of the tables, ready before the first step."""
 
     def edits(self, query_roles: Tensor, prefill: bool) -> HeadEdits:
         """The tables spread over the rows of one forward pass."""
@@ -79,43 +81,39 @@ class HeadTable:
                 replace, mask = torch.where(chosen[..., None], columns, replace), mask | chosen
         return HeadEdits(scale=scale, replace=replace, mask=mask)
 
-    @functools.cached_property
-    def decode(self) -> HeadEdits:
-        """The edits of generated rows."""
+    def __post_init__(self) -> None:
         step = slice(GENERATED, GENERATED + 1)
         parts = {"scale": self.scale, "replace": self.value, "mask": self.mask}
-        return HeadEdits(**{k: v[:, step] for k, v in parts.items() if v is not None})
+        object.__setattr__(self, "decode", HeadEdits(**{k: v[:, step] for k, v in parts.items() if v is not None}))
 
 
 @dc.dataclass(frozen=True)
 class NeuronTable:
-    """Neuron factors of one layer: ``index [n]`` and ``scale [B|1, R, n]``."""
+    """Neuron factors of one layer: ``index [n]``, ``scale [B|1, R, n]``.
+
+    ``row [B|1, 1, neurons]`` spreads the factors of generated rows over all neurons; `uniform` says that they are those
+    of every role.
+    """
 
     index: Tensor
     scale: Tensor
+    row: Tensor
+    uniform: bool
 
-    @functools.cached_property
-    def uniform(self) -> bool:
-        """All roles have the same factors."""
-        return bool((self.scale == self.scale[:, :1]).all())
+    @classmethod
+    def of(cls, index: Tensor, scale: Tensor, neurons: int) -> NeuronTable:
+        """The table of factors ``scale [B|1, R, n]`` on ``index [n]``."""
+        row = scale.new_ones(scale.shape[0], 1, neurons)
+        row[..., index] = scale[:, GENERATED : GENERATED + 1]
+        return cls(index, scale, row, bool((scale == scale[:, :1]).all()))
 
     def apply(self, activations: Tensor, context: Context) -> Tensor:
         """Edit ``activations [B, N, I]``; the input is left alone."""
         if context.prefill and not self.uniform:
             return run_edit_neurons(activations, NeuronEdits(self.index, scale=by_row(self.scale, context.rows)))
         # One product with a row of factors reads and writes what a copy would, and exact ones change nothing.
-        width = activations.shape[-1]
-        if width not in self._rows:
-            with torch.inference_mode(False):  # kept for later calls, which may want gradients
-                row = self.scale.new_ones(self.scale.shape[0], 1, width)
-                row[..., self.index] = self.scale[:, GENERATED : GENERATED + 1]
-            self._rows[width] = row
-        edited = activations * self._rows[width]
+        edited = activations * self.row
         return edited if edited.dtype == activations.dtype else edited.to(activations.dtype)
-
-    @functools.cached_property
-    def _rows(self) -> dict[int, Tensor]:
-        return {}
 
 
 @dc.dataclass(frozen=True)
@@ -147,6 +145,42 @@ class LayerTables:
     attention_phases: frozenset[str] = frozenset()
     neuron_phases: frozenset[str] = frozenset()
     vector_phases: dict[Site, frozenset[str]] = dc.field(default_factory=dict)
+
+    def refill(self, other: LayerTables) -> bool:
+        """Take over the values of `other` in place, so that graphs compiled on these tables follow.
+
+        False, and nothing is changed, when the two differ in more than values.
+        """
+        mine, theirs = _parts(self), _parts(other)
+        if mine.keys() != theirs.keys() or not all(_alike(mine[key], theirs[key]) for key in mine):
+            return False
+        for key, value in mine.items():
+            if isinstance(value, Tensor):
+                value.copy_(theirs[key])
+        return True
+
+
+def _parts(tables: Any) -> dict[str, Any]:
+    """The tensors and other values of a table by their place; views made from them are not parts."""
+    found: dict[str, Any] = {}
+    for field in dc.fields(tables):
+        value = getattr(tables, field.name)
+        if not field.init:
+            continue
+        items = value.items() if isinstance(value, dict) else [("", value)]
+        for key, item in items:
+            place = f"{field.name}.{key}"
+            if dc.is_dataclass(item):
+                found |= {f"{place}.{name}": part for name, part in _parts(item).items()}
+            else:
+                found[place] = item
+    return found
+
+
+def _alike(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
+    return type(a) is type(b) and not isinstance(a, Tensor) and bool(a == b)
 
 
 def check(plan: Plan, geometry: Geometry) -> None:
@@ -311,7 +345,7 @@ class _Builder:
         if layer in self.neurons:
             index = sorted(self.neurons[layer])
             scale = torch.stack([self.neurons[layer][i] for i in index], -1)
-            neurons = NeuronTable(torch.tensor(index, device=self.device), scale)
+            neurons = NeuronTable.of(torch.tensor(index, device=self.device), scale, self.geometry.neurons)
             active = frozenset(phases(scale != 1.0))
         sites = {site: VectorTable(**t) for site, t in self.vectors.get(layer, {}).items()}
         where = {
