@@ -30,8 +30,19 @@ OPERATIONS: dict[str, tuple[str, ...]] = {
 }
 """The backends that implement each public operation."""
 
+MAX_HEAD_DIM = 256
+"""Largest head dimension of the attention kernels of "fused" and "native"."""
+
 MIN_CAPABILITY = (8, 0)
 """Compute capability that the GPU kernels need."""
+
+
+_DESCRIPTIONS = {
+    "reference": "plain torch, the definition; keeps the full score matrix",
+    "composed": "stock attention merged by log-sum-exp",
+    "fused": "Triton kernels; the fast path on a GPU",
+    "native": "CUDA C++ kernels: decode attention and the gated activation",
+}
 
 
 def backends() -> list[Backend]:
@@ -40,12 +51,17 @@ def backends() -> list[Backend]:
     >>> [b.name for b in backends() if b.available][:2]
     ['reference', 'composed']
     """
-    return [
-        Backend("reference", True, "plain torch, the definition; keeps the full score matrix"),
-        Backend("composed", True, "torch's attention kernels merged by log-sum-exp; the fast path on a CPU"),
-        _fused(),
-        _native(),
-    ]
+    from .composed import stock
+
+    found = []
+    for name, description in _DESCRIPTIONS.items():
+        missing = _missing(name)
+        if name == "composed":
+            description = f"the fast path on a CPU; {stock.describe()}"
+        elif name == "fused" and _interpreted():
+            description = "Triton kernels in the interpreter (TRITON_INTERPRET=1): for tests, very slow"
+        found.append(Backend(name, missing is None, missing or description))
+    return found
 
 
 def resolve(backend: str, tensor: Tensor | None = None, operation: str = "attention") -> str:
@@ -65,23 +81,27 @@ def resolve(backend: str, tensor: Tensor | None = None, operation: str = "attent
     offered = OPERATIONS[operation]
     if backend == "auto":
         on_gpu = torch.cuda.is_available() if tensor is None else tensor.device.type == "cuda"
-        fits = tensor is None or tensor.dtype != torch.float64
-        return "fused" if on_gpu and fits and _fused().available else "composed"
-    known = {one.name: one for one in backends()}
-    if backend not in known:
-        names = ", ".join(repr(name) for name in ("auto", *known))
+        fits = tensor is None or (tensor.dtype != torch.float64 and not _too_wide(tensor, operation))
+        return "fused" if on_gpu and fits and _missing("fused") is None else "composed"
+    if backend not in _DESCRIPTIONS:
+        names = ", ".join(repr(name) for name in ("auto", *_DESCRIPTIONS))
         raise ValueError(message("backend", f"one of {names}", backend, "emokernels.backends() says what runs here."))
     if backend not in offered:
         names = ", ".join(repr(name) for name in ("auto", *offered))
         raise NotImplementedError(message("backend", f"one of {names} for {operation}", repr(backend), "Use 'auto'."))
-    if not known[backend].available:
+    missing = _missing(backend)
+    if missing is not None:
         raise NotImplementedError(
-            message("backend", "a backend available here", f"{backend!r}: {known[backend].reason}", "Use 'auto'.")
+            message("backend", "a backend available here", f"{backend!r}: {missing}", "Use 'auto'.")
         )
     if backend in ("fused", "native") and tensor is not None:
         if tensor.dtype == torch.float64:
             raise NotImplementedError(
                 message("backend", f"float32, bfloat16 or float16 for {backend!r}", tensor, "Use 'reference'.")
+            )
+        if _too_wide(tensor, operation):
+            raise NotImplementedError(
+                message("q", f"a head dimension up to {MAX_HEAD_DIM} for {backend!r}", tensor, "Use 'composed'.")
             )
         if tensor.device.type != "cuda" and not (backend == "fused" and _interpreted()):
             raise NotImplementedError(
@@ -90,29 +110,29 @@ def resolve(backend: str, tensor: Tensor | None = None, operation: str = "attent
     return backend
 
 
+def _too_wide(tensor: Tensor, operation: str) -> bool:
+    return operation.startswith("attention") and tensor.shape[-1] > MAX_HEAD_DIM
+
+
+# What a machine has does not change while a process runs: compiled graphs may take these for constants.
+@torch.compiler.assume_constant_result
 def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+@torch.compiler.assume_constant_result
+def _missing(backend: str) -> str | None:
+    """Why a backend cannot be used here, or None when it can."""
+    if backend == "fused":
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed (pip install triton)"
+        return None if os.environ.get("TRITON_INTERPRET", "0") == "1" else _no_gpu()
+    if backend == "native":
+        return native.why_not() or _no_gpu()
+    return None
+
+
 @functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-def _fused() -> Backend:
-    if not _has_triton():
-        return Backend("fused", False, "triton is not installed (pip install triton)")
-    if _interpreted():
-        return Backend("fused", True, "Triton kernels in the interpreter (TRITON_INTERPRET=1): for tests, very slow")
-    missing = _no_gpu()
-    return Backend("fused", missing is None, missing or "Triton kernels; the fast path on a GPU")
-
-
-def _native() -> Backend:
-    reason = native.why_not() or _no_gpu()
-    return Backend("native", reason is None, reason or "CUDA C++ kernels: decode attention and the gated activation")
-
-
 def _no_gpu() -> str | None:
     if not torch.cuda.is_available():
         return "no CUDA GPU is visible to torch"

@@ -8,7 +8,7 @@ from problems import qkv, random_routes
 
 import emokernels as emo
 from emokernels import attention as attention_function
-from emokernels.attention import _announced
+from emokernels.attention import _announced, make_problem
 from emokernels.backends import resolve
 
 ROLES = torch.ones(1, 6, dtype=torch.uint8)
@@ -71,8 +71,19 @@ ATTENTION = {
     "window type": (TypeError, "window:", {"window": 2.5}),
     "window both ways": (NotImplementedError, "window:", {"window": 3, "causal": False}),
     "backend unknown": (ValueError, "backend:", {"backend": "magic"}),
-    "backend fused": (NotImplementedError, "no Triton kernels", {"backend": "fused"}),
-    "backend native": (NotImplementedError, "no compiled CUDA kernels", {"backend": "native"}),
+    "backend native": (NotImplementedError, "'native'", {"backend": "native"}),
+    "lengths dtype": (TypeError, "lengths:", {"lengths": tensor(1)}),
+    "lengths shape": (ValueError, "lengths:", {"lengths": torch.ones(2, dtype=torch.int32)}),
+    "lengths value": (ValueError, "lengths:", {"lengths": torch.full((1,), 7, dtype=torch.int32)}),
+    "lengths, roles of queries": (
+        ValueError,
+        "query_roles:",
+        {"lengths": torch.ones(1, dtype=torch.int32), "roles": ROLES, "routes": random_routes()},
+    ),
+    "prefix type": (TypeError, "prefix:", {"prefix": tensor(1, 2, 3, 8)}),
+    "prefix dtype": (TypeError, "prefix\\[1\\]:", {"prefix": (tensor(1, 2, 3, 8), tensor(1, 2, 3, 8).half())}),
+    "prefix shape": (ValueError, "prefix\\[0\\]:", {"prefix": (tensor(2, 2, 3, 8), tensor(2, 2, 3, 8))}),
+    "prefix pair": (ValueError, "prefix\\[1\\]:", {"prefix": (tensor(1, 2, 3, 8), tensor(1, 2, 4, 8))}),
 }
 
 
@@ -171,6 +182,37 @@ def test_gated_activation(case):
     with pytest.raises(kind, match=words.replace(".", r"\.")) as error:
         emo.gated_activation(*arguments, **options)
     complete(error)
+
+
+class TestFused:
+    """What the Triton kernels refuse; an explicit backend never falls back, "auto" takes another."""
+
+    def test_float64(self):
+        q, k, v = qkv()
+        with pytest.raises(NotImplementedError, match=r"float64.*'reference'"):
+            emo.attention(q, k, v, backend="fused")
+        assert emo.attention(q, k, v).z.dtype == torch.float64
+
+    def test_head_dimension(self):
+        q, k, v = qkv(n=2, keys=2, dim=264, dtype=f32)
+        with pytest.raises(NotImplementedError, match=r"q: expected.*256.*264"):
+            emo.attention(q, k, v, backend="fused")
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+    def test_no_gpu(self, monkeypatch):
+        monkeypatch.setenv("TRITON_INTERPRET", "0")
+        q, k, v = qkv(dtype=f32)
+        with pytest.raises(NotImplementedError, match="no CUDA GPU"):
+            emo.attention(q, k, v, backend="fused")
+        assert {b.name: b.available for b in emo.backends()}["fused"] is False
+
+    def test_gradients_of_a_forward_only_call(self):
+        q, k, v = (x.requires_grad_() for x in qkv(n=1, keys=4, dtype=f32))
+        none = (None,) * 6
+        problem = make_problem(q, k, v, None, None, None, None, True, None, None, None)
+        z, _ = torch.ops.emokernels.attention_fused_edited(*problem, *none)
+        with pytest.raises(NotImplementedError, match="requires_grad=True"):
+            z.sum().backward()
 
 
 def test_backends_are_listed_with_reasons():
