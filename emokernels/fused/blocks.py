@@ -70,7 +70,7 @@ def visible(
 @triton.jit
 def per_row(table, at_row, dst, src, neutral, valid):
     """``table[row, head, dst, src]`` of one source role for each row, ``[M]``; `neutral` where it is not `valid`."""
-    return tl.load(table + at_row + dst * 6 + src, mask=valid, other=neutral)
+    return tl.load(table + at_row + dst * 6 + src, mask=valid, other=neutral).to(tl.float32)
 
 
 @triton.jit
@@ -137,3 +137,40 @@ def members_of(number):
 def representative(number):
     """A role whose table values hold for the whole set."""
     return tl.where(number < 6, number, tl.where(number == 6, 1, 0))
+
+
+@triton.jit
+def six_of(table, at, neutral, valid):
+    """The table values of every row towards each of the six source roles; `at` is where a row's six begin."""
+    return (
+        tl.load(table + at, mask=valid, other=neutral).to(tl.float32),
+        tl.load(table + at + 1, mask=valid, other=neutral).to(tl.float32),
+        tl.load(table + at + 2, mask=valid, other=neutral).to(tl.float32),
+        tl.load(table + at + 3, mask=valid, other=neutral).to(tl.float32),
+        tl.load(table + at + 4, mask=valid, other=neutral).to(tl.float32),
+        tl.load(table + at + 5, mask=valid, other=neutral).to(tl.float32),
+    )
+
+
+@triton.jit
+def choose(role, t0, t1, t2, t3, t4, t5):
+    """The value of a role among six: a choice between registers instead of a load."""
+    low = tl.where(role == 0, t0, tl.where(role == 1, t1, t2))
+    return tl.where(role < 3, low, tl.where(role == 3, t3, tl.where(role == 4, t4, t5)))
+
+
+@triton.jit
+def edited(
+    out, d, inside, rows, replaced, head_scale, head_shift, head_replace, at_scale, at_shift, at_replace,
+    HEAD_SCALE: tl.constexpr, HEAD_SHIFT: tl.constexpr, HEAD_REPLACE: tl.constexpr,
+):  # fmt: skip
+    """Head edits of ``out [M, D]``; the offsets ``[M]`` say where the values of a row begin."""
+    if HEAD_SCALE:
+        out *= tl.load(head_scale + at_scale, mask=rows, other=1.0).to(tl.float32)[:, None]
+    if HEAD_SHIFT:
+        out += tl.load(head_shift + at_shift[:, None] + d[None, :], mask=inside, other=0.0).to(tl.float32)
+    if HEAD_REPLACE:
+        value = head_replace + at_replace[:, None] + d[None, :]
+        new = tl.load(value, mask=inside & replaced[:, None], other=0.0).to(tl.float32)
+        out = tl.where(replaced[:, None], new, out)
+    return out
