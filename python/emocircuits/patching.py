@@ -352,8 +352,8 @@ def patch(
             never falls back.
         roles: ``[B, N]`` uint8 of :class:`emokernels.Role`, instead of finding them (needed with ``inputs_embeds``).
         tap: called with a :class:`Tapped` at every attention call.
-        fold: put the factors of ScaleNeurons edits into the weights of the down projections (:mod:`emocircuits.folding`)
-            instead of multiplying activations: no cost at run time, other rounding.
+        fold: put the factors of ScaleNeurons edits into the weights of the down projections, instead of multiplying
+            activations: no cost at run time, other rounding (:mod:`emocircuits.folding`).
 
     Raises:
         TypeError: ``model`` or ``plan`` is not one.
