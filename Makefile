@@ -39,12 +39,10 @@ lint: $(VENV)/.installed ## ruff, mypy, import contracts
 bench: $(VENV)/.installed ## what an intervention costs on this CPU
 	$(BIN)/python bench/attention_cpu.py --check
 	$(BIN)/python bench/generation.py --check
+	$(BIN)/python -m pytest -p no:cacheprovider bench
 
-gpu: ## GPU tests and benchmarks, with the python at hand; installs nothing
-	PYTHONPATH=.:python $(PYTHON) -m pytest -m gpu -p no:cacheprovider tests/gpu
-	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \
-	  && PYTHONPATH=.:python $(PYTHON) bench/generation.py --device cuda --json bench/results/gpu-generation.json \
-	  || echo "no GPU is visible to torch: nothing was timed"
+gpu: ## GPU tests and benchmarks, with the python at hand; installs nothing (GPU_ARGS=--quick, ...)
+	$(PYTHON) bench/gpu.py $(GPU_ARGS)
 
 clean: ## remove the environment and what the targets wrote
 	rm -rf $(VENV) demo-out build *.egg-info
