@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | gpu
+# make demo | test | lint | audit | bench | gpu
 # Each target makes its own .venv when there is none and installs what it needs; `make gpu` uses the python at hand.
 PYTHON ?= python3
 VENV   := .venv
@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= $(THREADS)
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help install demo test lint bench gpu clean
+.PHONY: help install demo test lint audit bench gpu clean
 help:
 	@sed -n 's/^\([a-z]*\): *.*## /  make \1\t/p' $(MAKEFILE_LIST)
 
@@ -35,6 +35,9 @@ lint: $(VENV)/.installed ## ruff, mypy, import contracts
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+audit: $(VENV)/.installed ## every GPU kernel compiled for three architectures, without a GPU, and its code checked
+	$(BIN)/python -m emokernels.audit --arch all
 
 bench: $(VENV)/.installed ## what an intervention costs on this CPU
 	$(BIN)/python bench/attention_cpu.py --check
