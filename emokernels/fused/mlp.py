@@ -33,8 +33,25 @@ from .mlp_rows import addresses, same_rows
 
 _CONFIGS = {2: Config(1, 2048, num_warps=4), 4: Config(1, 1024, num_warps=4)}
 """By bytes of an element. Bound by memory on every architecture: what counts is bytes in flight, 64 a thread here."""
+_ROWS = 65535
+"""Rows that fit one axis of a grid."""
 _EDITS = (32, 128)
 """Edited neurons looked at per step: the smaller one that holds them all, else the larger."""
+
+
+@triton.jit
+def tile_of(outer_size, inner_size, width, BLOCK_F: tl.constexpr):
+    """The tile of this program: its row, also as ``[outer, inner]``, the first column, and the width of the row.
+
+    Rows are spread over two axes of the grid, which fit only so many each; past the last row the width is 0.
+    """
+    row = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
+    there = row < outer_size * inner_size
+    width = tl.where(there, width, 0)
+    row = tl.where(there, row, 0)
+    outer = row // inner_size
+    inner = row - outer * inner_size
+    return row.to(tl.int64), outer.to(tl.int64), inner.to(tl.int64), tl.program_id(0).to(tl.int64) * BLOCK_F, width
 
 
 @triton.jit
@@ -46,7 +63,8 @@ def edit_lanes(index, index_b, index_f, outer, first, edits, BLOCK_E: tl.constex
 
 @triton.jit(
     do_not_specialize=[
-        "inner_size", "edits", "index_b", "index_f", "scale_b", "scale_n", "scale_f", "shift_b", "shift_n", "shift_f",
+        "outer_size", "inner_size", "edits", "index_b", "index_f",
+        "scale_b", "scale_n", "scale_f", "shift_b", "shift_n", "shift_f",
         "replace_b", "replace_n", "replace_f", "mask_b", "mask_n", "mask_f",
     ]
 )  # fmt: skip
@@ -59,17 +77,12 @@ def gated_activation_kernel(
     shift, shift_b, shift_n, shift_f,
     replace, replace_b, replace_n, replace_f,
     mask, mask_b, mask_n, mask_f,
-    width, inner_size, edits,
+    width, outer_size, inner_size, edits,
     ACT: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_F columns of row ``[outer, inner]``."""
     EXACT: tl.constexpr = gate.dtype.element_ty == tl.float32
-    tiles = tl.cdiv(width, BLOCK_F)
-    program = tl.program_id(0)
-    row = program // tiles
-    start = (program % tiles).to(tl.int64) * BLOCK_F
-    outer = (row // inner_size).to(tl.int64)
-    inner = (row % inner_size).to(tl.int64)
+    _, outer, inner, start, width = tile_of(outer_size, inner_size, width, BLOCK_F)
     gate += outer * gate_b + inner * gate_n
     out += outer * out_b + inner * out_n
     if up is not None:
@@ -121,12 +134,14 @@ def index_addresses(index: Tensor | None) -> tuple[dict[str, Any], int]:
     return arguments, next((block for block in _EDITS if n <= block), _EDITS[-1])
 
 
-def tiles_of(tensor: Tensor, configs: dict[int, Config]) -> tuple[Config, int]:
-    """The configuration for a tensor ``[outer, inner, width]``, narrowed to its width, and the number of programs."""
+def tiles_of(tensor: Tensor, configs: dict[int, Config]) -> tuple[Config, tuple[int, int, int], dict[str, int]]:
+    """For a tensor ``[outer, inner, width]``: configuration, narrowed to its width, grid, and sizes as arguments."""
     config = configs[tensor.element_size()]
     outer, inner, width = tensor.shape
     block = min(config.block_n, max(128, triton.next_power_of_2(width)))
-    return config._replace(block_n=block), outer * inner * triton.cdiv(width, block)
+    planes = triton.cdiv(outer * inner, _ROWS)
+    grid = (triton.cdiv(width, block), triton.cdiv(outer * inner, planes), planes)
+    return config._replace(block_n=block), grid, {"width": width, "outer_size": outer, "inner_size": inner}
 
 
 def gated_activation_launch(
@@ -142,18 +157,18 @@ def gated_activation_launch(
     arch: str | None = None,
 ) -> Launch:
     """The launch that writes `out` ``[B, N, F]`` from gate and up of that shape, alike on every architecture."""
-    config, programs = tiles_of(gate, _CONFIGS)
+    config, grid, sizes = tiles_of(gate, _CONFIGS)
     indexed, block_e = index_addresses(index)
     if replace is None or mask is None:
         replace = mask = None
     return Launch(
         gated_activation_kernel,
-        (programs,),
+        grid,
         {
             **addresses("gate", gate), **addresses("up", up), **addresses("out", out), **indexed,
             **addresses("scale", scale), **addresses("shift", shift),
             **addresses("replace", replace), **addresses("mask", mask),
-            "width": gate.shape[2], "inner_size": gate.shape[1],
+            **sizes,
         },
         {"ACT": NAMES[act], "BLOCK_F": config.block_n, "BLOCK_E": block_e},
         num_warps=config.num_warps,

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Config, Launch
-from .mlp import audit_problems, edit_lanes, index_addresses, tiles_of
+from .mlp import audit_problems, edit_lanes, index_addresses, tile_of, tiles_of
 from .mlp_acts import NAMES, activation, activation_and_slope
 from .mlp_rows import addresses, same_rows
 
@@ -26,7 +26,8 @@ _CONFIGS = {2: Config(1, 1024, num_warps=4), 4: Config(1, 1024, num_warps=4)}
 
 @triton.jit(
     do_not_specialize=[
-        "inner_size", "edits", "index_b", "index_f", "scale_b", "scale_n", "scale_f", "mask_b", "mask_n", "mask_f",
+        "outer_size", "inner_size", "edits", "index_b", "index_f",
+        "scale_b", "scale_n", "scale_f", "mask_b", "mask_n", "mask_f",
     ]
 )  # fmt: skip
 def gated_activation_backward_kernel(
@@ -39,17 +40,12 @@ def gated_activation_backward_kernel(
     scale, scale_b, scale_n, scale_f,
     mask, mask_b, mask_n, mask_f,
     dscale, dshift, dreplace,
-    width, inner_size, edits,
+    width, outer_size, inner_size, edits,
     ACT: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_F columns of row ``[outer, inner]``; absent outputs are not computed."""
     EXACT: tl.constexpr = gate.dtype.element_ty == tl.float32
-    tiles = tl.cdiv(width, BLOCK_F)
-    program = tl.program_id(0)
-    row = program // tiles
-    start = (program % tiles).to(tl.int64) * BLOCK_F
-    outer = (row // inner_size).to(tl.int64)
-    inner = (row % inner_size).to(tl.int64)
+    row, outer, inner, start, width = tile_of(outer_size, inner_size, width, BLOCK_F)
     grad += outer * grad_b + inner * grad_n
     gate += outer * gate_b + inner * gate_n
     if up is not None:
@@ -83,7 +79,7 @@ def gated_activation_backward_kernel(
         for first in range(0, edits, BLOCK_E):
             mine = (column >= start) & (column < end)
             edit = first + tl.arange(0, BLOCK_E)
-            part = row.to(tl.int64) * edits + edit
+            part = row * edits + edit
             kept = tl.load(grad + column * grad_f, mask=mine).to(tl.float32)
             xe = tl.load(gate + column * gate_f, mask=mine).to(tl.float32)
             plain, rise = activation_and_slope(xe, ACT, EXACT)  # act(gate) before up, and the slope of the entry
@@ -130,17 +126,17 @@ def gated_activation_backward_launch(
 
     The last three are ``[B, N, n]`` float32, contiguous: one part per row, to be summed where the value was shared.
     """
-    config, programs = tiles_of(gate, _CONFIGS)
+    config, grid, sizes = tiles_of(gate, _CONFIGS)
     indexed, block_e = index_addresses(index)
     return Launch(
         gated_activation_backward_kernel,
-        (programs,),
+        grid,
         {
             **addresses("grad", grad), **addresses("gate", gate), **addresses("up", up),
             **addresses("dgate", dgate), **addresses("dup", dup), **indexed,
             **addresses("scale", scale), **addresses("mask", mask),
             "dscale": dscale, "dshift": dshift, "dreplace": dreplace,
-            "width": gate.shape[2], "inner_size": gate.shape[1],
+            **sizes,
         },
         {"ACT": NAMES[act], "BLOCK_F": config.block_n, "BLOCK_E": block_e},
         num_warps=config.num_warps,

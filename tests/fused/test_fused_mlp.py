@@ -283,6 +283,20 @@ def test_rows_merge_wherever_strides_allow():
     assert kept.shape == a[0].shape
 
 
+@pytest.mark.parametrize("rows", [(1, 5), (5, 1), (3, 3)], ids=str)
+def test_more_rows_than_an_axis_of_the_grid_holds(monkeypatch, rows):
+    monkeypatch.setattr(fused, "_ROWS", 4)  # two axes hold 2 * 3 or 3 * 3 rows
+    gate, up, weight = (randn(*rows, 40, seed=s) for s in range(3))
+    neurons = edits(rows, torch.stack([torch.tensor([3, 8]) + b for b in range(rows[0])]))
+    leaves = gate.requires_grad_(), up.requires_grad_()
+    out = emo.gated_activation(gate, up, neurons=neurons, backend="fused")
+    expected = oracle(gate.double(), up.double(), "silu", neurons)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    got, want = torch.autograd.grad(out, leaves, weight), torch.autograd.grad(expected, leaves, weight.double())
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
 @given(
     shape=st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 300)),
     layout=st.permutations([0, 1, 2]),
