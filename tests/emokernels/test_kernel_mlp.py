@@ -121,6 +121,19 @@ def test_strided_and_expanded_inputs(backend):
     torch.testing.assert_close(out, edited(ORACLE["silu"](gate) * up, neurons), rtol=0, atol=1e-12)
 
 
+@backends
+def test_backward_ops_leave_out_what_is_not_wanted(backend):
+    gate, up = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
+    neurons = edits((2, 3), torch.tensor([1, 2]))
+    arguments = (gate, up, neurons.index, neurons.scale, neurons.shift, neurons.replace, neurons.mask, "silu")
+    op = getattr(torch.ops.emokernels, f"gated_activation_{backend}_backward")
+    everything = op(torch.ones_like(gate), *arguments)
+    some = op(torch.ones_like(gate), *arguments, wanted=[False, True, True, False, False])
+    assert [g.numel() == 0 for g in some] == [True, False, False, True, True]
+    assert torch.equal(some[1], everything[1])
+    assert torch.equal(some[2], everything[2])
+
+
 def test_second_derivatives_are_refused():
     gate = torch.randn(1, 2, 4, requires_grad=True)
     first = torch.autograd.grad(emo.gated_activation(gate, None).sum(), gate, create_graph=True)[0]

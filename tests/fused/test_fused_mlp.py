@@ -497,6 +497,23 @@ def test_compiles_whole_and_does_not_recompile_after_a_refill():
         assert len(compilations) <= 1
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE != "cuda", reason="CUDA graphs need a GPU")
+def test_a_graph_that_replays_sees_refills():
+    gate, up = randn(2, 3, 40), randn(2, 3, 40, seed=1)
+    neurons = edits((2, 3), torch.tensor([[3, 8], [1, 0]]))
+    emo.gated_activation(gate, up, neurons=neurons, backend="fused")  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = emo.gated_activation(gate, up, neurons=neurons, backend="fused")
+    neurons.scale.mul_(3)
+    neurons.index.copy_(torch.tensor([[39, 8], [3, 2]]))
+    gate.mul_(2)
+    graph.replay()
+    expected = oracle(gate.double(), up.double(), "silu", neurons)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_audit_launches_are_built_from_meta_tensors(arch):
     launches = [*fused.audit_launches(arch), *fused_backward.audit_launches(arch)]
