@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import composed, reference
+from . import composed, native, reference
 from .acts import ACT_BACKWARDS, ACTS
 from .backends import resolve
 from .checks import FLOATS
@@ -41,8 +41,8 @@ def gated_activation(
         act: "silu", "gelu", "gelu_pytorch_tanh" (also called "gelu_new"), "relu" or "quick_gelu".
         neurons: edits of indexed columns of a; the others are not touched. Costs time in proportion to the number of
             edited neurons, never to F.
-        backend: "auto", "reference", "composed" or "fused" (see `backends()`). Halves of one tensor ``[..., 2F]`` and
-            other views are read where they are, without a copy.
+        backend: "auto", "reference", "composed", "fused" or "native" (forward only), see `backends()`. Halves of one
+            tensor ``[..., 2F]`` and other views are read where they are, without a copy.
 
     Returns:
         a, contiguous, in gate's dtype and shape; fresh memory. "composed" rounds like Hugging Face's
@@ -233,4 +233,5 @@ _OPS: dict[str, Any] = {
     "reference": _register("gated_activation_reference", reference.activate, _gradients),
     "composed": _register("gated_activation_composed", composed.activate, _gradients),
     "fused": _register("gated_activation_fused", _fused, _fused_gradients),
+    "native": native.activate,  # an op of its own, forward only
 }
