@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "python")]
 
 TESTS = ("tests/gpu", "tests/fused", "tests/native")
-WORKERS = 8
+WORKERS = 12
 """Processes of the tests, where pytest-xdist is there: most of their time is compilation on one core."""
 
 
