@@ -21,13 +21,18 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[test,lint]'
 	@touch $@
 
-install: $(VENV)/.installed ## make .venv and install everything
+# Installing builds csrc too where nvcc is at hand; this builds it again when it has changed.
+$(VENV)/.native: $(VENV)/.installed $(wildcard csrc/*.cpp csrc/*/*)
+	$(BIN)/python setup.py -q build_ext --inplace
+	@touch $@
+
+install: $(VENV)/.installed $(VENV)/.native ## make .venv and install everything, csrc included where nvcc is there
 
 demo: $(VENV)/.installed ## the whole story on the embedded model, and a page to look at
 	$(BIN)/emocircuits demo --out demo-out
 
 # One worker a core, one thread a worker: many small tests run faster that way than few threaded ones.
-test: $(VENV)/.installed ## every test that runs without a GPU
+test: $(VENV)/.native ## every test that runs without a GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(THREADS) --dist worksteal
 
 lint: $(VENV)/.installed ## ruff, mypy, import contracts
@@ -48,4 +53,4 @@ gpu: ## GPU tests and benchmarks, with the python at hand; installs nothing (GPU
 	$(PYTHON) bench/gpu.py $(GPU_ARGS)
 
 clean: ## remove the environment and what the targets wrote
-	rm -rf $(VENV) demo-out build *.egg-info
+	rm -rf $(VENV) demo-out build *.egg-info emokernels/_C*.so

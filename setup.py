@@ -21,7 +21,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 ARCHITECTURES = "8.0+PTX;9.0a;10.0a"
 """Without a GPU torch's own list is empty, so it is always ours. The PTX serves what is newer than this list."""

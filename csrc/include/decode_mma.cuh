@@ -68,13 +68,10 @@ EMO_KERNEL(kDecodeThreads, DIM* TILES <= 128 ? 3 : 2) decode_mma(EMO_PARAMS(Deco
   uint32_t mask_bits[TILES][4];
   int role[2];
 
-  // Lanes past the end read the last key again, which costs nothing and needs no predicate; its logit is hidden below.
-  const int last = span.end > 0 ? span.end - 1 : 0;
-  const auto clamped = [last](int key) { return key < last ? key : last; };
   const auto load_k = [&](int key) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const char* row = k_rows + int64_t(clamped(key + group + half * 8)) * p.k_step;
+      const char* row = k_rows + int64_t(span.clamped(key + group + half * 8)) * p.k_step;
 #pragma unroll
       for (int chunk = 0; chunk < K_CHUNKS; ++chunk) {
         k[half][chunk] = EXACT || chunk * 32 + pair * 8 < p.dim ? load16(row + chunk * 64) : zero16();
@@ -84,7 +81,7 @@ EMO_KERNEL(kDecodeThreads, DIM* TILES <= 128 ? 3 : 2) decode_mma(EMO_PARAMS(Deco
   const auto load_v = [&](int key) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const char* row = v_rows + int64_t(clamped(key + pair * 2 + i % 2 + i / 2 * 8)) * p.v_step;
+      const char* row = v_rows + int64_t(span.clamped(key + pair * 2 + i % 2 + i / 2 * 8)) * p.v_step;
 #pragma unroll
       for (int chunk = 0; chunk < V_CHUNKS; ++chunk) {
         v[i][chunk] = EXACT || chunk * 64 + group * 8 < p.dim ? load16(row + chunk * 128) : zero16();
@@ -94,7 +91,7 @@ EMO_KERNEL(kDecodeThreads, DIM* TILES <= 128 ? 3 : 2) decode_mma(EMO_PARAMS(Deco
   const auto load_about_keys = [&](int key) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int j = clamped(key + group + half * 8);
+      const int j = span.clamped(key + group + half * 8);
       if constexpr (ROUTED) role[half] = roles != nullptr ? roles[j] % kRoleSlots : 0;
       if (p.mask_kind != MaskKind::none) {
 #pragma unroll
@@ -143,7 +140,7 @@ EMO_KERNEL(kDecodeThreads, DIM* TILES <= 128 ? 3 : 2) decode_mma(EMO_PARAMS(Deco
           logit = routes[(tile * 8 + 2 * pair + e % 2) * kRoleSlots + role[e / 2]].logit(logit);
         }
         if (p.mask_kind != MaskKind::none) logit = masked(p, logit, mask_bits[tile][e]);
-        s[tile][e] = j < span.end && sight[tile * 8 + 2 * pair + e % 2].sees(j) ? logit : -INFINITY;
+        s[tile][e] = sight[tile * 8 + 2 * pair + e % 2].sees(j) ? logit : -INFINITY;
       }
     }
     if constexpr (!AHEAD) {

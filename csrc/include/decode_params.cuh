@@ -127,7 +127,8 @@ struct Sequence {
 };
 
 // The keys [begin, end) of a split. Cut on the device from the keys that any query sees, so that a long static cache
-// that holds little keeps all splits busy.
+// that holds little keeps all splits busy. A split is a multiple of `granule` keys, or ends where no query sees further:
+// a block that takes `granule` keys at a time never meets a key of the next split that one of its rows sees.
 struct Span {
   int begin;
   int end;
@@ -139,6 +140,12 @@ struct Span {
     const int each = high > low ? ceil_div(ceil_div(high - low, p.splits), granule) * granule : 0;
     begin = low + split * each;
     end = begin + each < high ? begin + each : high;
+  }
+
+  // A key past the end as the last one of the split (or key 0): reading it again needs no predicate, and no row sees it.
+  EMO_DEVICE int clamped(int key) const {
+    const int last = end > 0 ? end - 1 : 0;
+    return key < last ? key : last;
   }
 };
 

@@ -71,10 +71,11 @@ EMO_KERNEL(kDecodeThreads, 2) decode_simt(EMO_PARAMS(DecodeParams) p) {
     for (int i = 0; i < KEYS; ++i) {
 #pragma unroll
       for (int c = 0; c < CHUNKS; ++c) {
-        const bool inside = key + i < span.end && c * 64 + lane * 4 < p.dim;
+        const bool inside = c * 64 + lane * 4 < p.dim;
+        const int j = span.clamped(key + i);
         const float4 nothing{0.0f, 0.0f, 0.0f, 0.0f};
-        k[i][c] = inside ? load4<T, ALIGNED>(row_at(k_rows, key + i, p.k_step) + c * 64) : nothing;
-        v[i][c] = inside ? load4<T, ALIGNED>(row_at(v_rows, key + i, p.v_step) + c * 64) : nothing;
+        k[i][c] = inside ? load4<T, ALIGNED>(row_at(k_rows, j, p.k_step) + c * 64) : nothing;
+        v[i][c] = inside ? load4<T, ALIGNED>(row_at(v_rows, j, p.v_step) + c * 64) : nothing;
       }
     }
 #pragma unroll
@@ -90,12 +91,11 @@ EMO_KERNEL(kDecodeThreads, 2) decode_simt(EMO_PARAMS(DecodeParams) p) {
       for (int i = 0; i < KEYS; ++i) {
 #pragma unroll
         for (int lanes = LANES / 2; lanes > 0; lanes /= 2) s[i] += shuffle_xor(s[i], lanes);
-        const int j = key + i;
-        const bool inside = j < span.end;
-        const Route route = routes[r * kRoleSlots + (roles != nullptr && inside ? roles[j] % kRoleSlots : 0)];
+        const int j = span.clamped(key + i);
+        const Route route = routes[r * kRoleSlots + (roles != nullptr ? roles[j] % kRoleSlots : 0)];
         float logit = route.logit(scaling.logit(s[i]));
-        if (p.mask_kind != MaskKind::none && inside) logit = masked(p, logit, fetch_mask(p, sight[r].mask, j));
-        s[i] = inside && sight[r].sees(j) ? logit : -INFINITY;
+        if (p.mask_kind != MaskKind::none) logit = masked(p, logit, fetch_mask(p, sight[r].mask, j));
+        s[i] = sight[r].sees(key + i) ? logit : -INFINITY;
         gain[i] = route.gain;
         top = fmaxf(top, s[i]);
       }
