@@ -13,7 +13,6 @@ import argparse
 import importlib.util
 import os
 import re
-import shutil
 import subprocess
 import sys
 import threading
@@ -52,17 +51,20 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def build_native() -> None:
-    """Compile csrc where it lies, when there is a compiler and it has not been done: nothing is installed."""
+    """Compile csrc where it lies, for this GPU, where that is possible and was not done: nothing is installed."""
     from emokernels import native
 
-    if native.why_not() is None or shutil.which("nvcc") is None:
+    if native.why_not() is None:
         return
     architecture = _python("import torch; print('%d.%d' % torch.cuda.get_device_capability())")
-    # Kernels that use Hopper's own instructions need the architecture's name with an a.
-    environment = {"TORCH_CUDA_ARCH_LIST": architecture + ("a" if float(architecture) >= 9 else "")}
+    # Kernels that use the instructions of one architecture alone need its name with an a.
+    environment = {**_environment(), "TORCH_CUDA_ARCH_LIST": architecture + ("a" if float(architecture) >= 9 else "")}
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     begin = time.perf_counter()
-    code = _run([sys.executable, "setup.py", "build_ext", "--inplace"], quiet=True, **environment)
-    print(f"csrc: {'built' if code == 0 else 'could not be built'} in {time.perf_counter() - begin:.0f} s")
+    built = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    said = [line for line in (built.stdout + built.stderr).splitlines() if line.strip()]
+    print(f"csrc, {time.perf_counter() - begin:.0f} s: " + ("built" if built.returncode == 0 else "not built"))
+    print("\n".join(said[-3:]))
 
 
 def run_tests(workers: int, seconds: float) -> tuple[int, dict[str, object]]:
@@ -119,11 +121,8 @@ def _python(code: str) -> str:
     return done.stdout.strip()
 
 
-def _run(command: list[str], quiet: bool = False, **environment: str) -> int:
-    output = subprocess.DEVNULL if quiet else None
-    return subprocess.run(
-        command, cwd=ROOT, env={**_environment(), **environment}, stdout=output, check=False
-    ).returncode
+def _run(command: list[str]) -> int:
+    return subprocess.run(command, cwd=ROOT, env=_environment(), check=False).returncode
 
 
 def _environment() -> dict[str, str]:

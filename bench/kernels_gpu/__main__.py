@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -23,7 +24,10 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON (default bench/results)")
     found.add_argument("--device", default="cuda", help="cuda (default), or cpu for tiny shapes without figures")
     found.add_argument("--commit", help="the commit to record, for a copy without its history")
-    found.add_argument("--sass", action="store_true", help="also save machine-code statistics of the fused kernels")
+    found.add_argument(
+        "--sass", nargs="?", const="", metavar="KERNEL",
+        help="also save machine-code statistics of the fused kernels (whose name has KERNEL in it)",
+    )  # fmt: skip
     found.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     return found
 
@@ -48,8 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.child:
         # Beyond the groups' own budgets: a case that has begun, and the start of a process.
         code = run.supervise([*given, "--child"], seconds + 120)
-        if options.sass:
-            print(sass.save(options.results, options.device))
+        if options.sass is not None:
+            print(sass.save(options.results, options.device, options.sass))
         return code
     state = record.load_or_start(record.fresh(options.device, options.commit), options.results)
     for group in groups:
@@ -57,7 +61,11 @@ def main(arguments: list[str] | None = None) -> int:
         if part is not None and (not options.resume or part["set"] != chosen):
             del state["groups"][group]
     command = " ".join(["python -m bench.kernels_gpu", *(one for one in given if one != "--child")])
-    state = run.run_groups(state, groups, chosen, options.device, options.results, command)
+    try:
+        state = run.run_groups(state, groups, chosen, options.device, options.results, command)
+    except Exception:
+        traceback.print_exc()
+        return run.DIED
     print(f"written: {record.path_of(state, options.results)}")
     wrong = record.failures(state)
     for line in wrong:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -35,6 +35,13 @@ class Inputs:
     own: tuple[Tensor, Tensor]
     grad: Tensor
     tables: dict[str, emo.Routes | None]
+    masks: dict[str, Tensor] = field(default_factory=dict)
+
+    def mask(self, variant: str) -> Tensor:
+        """`dense_bias` in the inputs' dtype, made once: at 16k keys it takes 16 GiB."""
+        if variant not in self.masks:
+            self.masks[variant] = dense_bias(self, variant, self.q.dtype)
+        return self.masks[variant]
 
     @property
     def share(self) -> int:

@@ -15,7 +15,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "triton", "transformers", "flash-attn", "pytest-benchmark")
-MEASURED = ("emokernels/**/*.py", "csrc/**/*.cu", "csrc/**/*.cuh", "csrc/**/*.cpp", "bench/kernels_gpu/**/*.py")
+MEASURED = ("emokernels/**/*.py", "csrc/**/*.[ch]*", "bench/kernels_gpu/**/*.py")
 
 
 def slug(name: str) -> str:

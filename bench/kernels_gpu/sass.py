@@ -9,18 +9,22 @@ from pathlib import Path
 
 import torch
 
+from emokernels.fused.launch import arch_of
+
 from . import machine
 
 
-def save(folder: Path, device: str) -> str:
-    """Run the audit for this device's architecture and keep its JSON beside the times; returns what happened."""
+def save(folder: Path, device: str, pattern: str) -> str:
+    """Audit the kernels whose names have `pattern` in them for this device; the JSON lies beside the times.
+
+    Returns what happened, in one line.
+    """
     if torch.device(device).type != "cuda":
-        return "no GPU, no machine code to look at"
-    major = torch.cuda.get_device_capability(device)[0]
-    architecture = "sm_100" if major >= 10 else "sm_90" if major == 9 else "sm_80"
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "emokernels.audit", "--arch", architecture, "--json"]
-    audit = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=machine.ROOT, check=False)
+        return "no GPU, so no machine code of it to look at"
     path = folder / f"{machine.slug(torch.cuda.get_device_name(device))}-sass.json"
-    path.write_text(audit.stdout)
-    return f"written: {path} ({' '.join(command[1:])} ended with code {audit.returncode})"
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "emokernels.audit", "--arch", arch_of(torch.empty(0, device=device))]
+    command += ["--json", str(path.resolve()), "--jobs", str(os.cpu_count() or 1)]
+    command += ["--kernel", pattern] if pattern else []
+    audit = subprocess.run(command, cwd=machine.ROOT, stdout=subprocess.DEVNULL, check=False)
+    return f"{' '.join(['python', *command[1:]])} ended with code {audit.returncode}"

@@ -237,7 +237,11 @@ def _full() -> dict[str, list[Case]]:
             Flow(model, keys, saliency) for model, keys in ((QWEN, 4096), (LLAVA, 1024)) for saliency in (False, True)
         ],
         "lens": [Lens(1000, 4096, 151936)],
-        "generation": [Generation(8, 4096, 32, batch, 32, static) for batch in (1, 8) for static in (False, True)],
+        "generation": [
+            Generation(8, 4096, 32, 1, 32, False),
+            Generation(8, 4096, 32, 8, 32, False),
+            Generation(4, 4096, 32, 1, 32, True),
+        ],
     }
 
 

@@ -138,6 +138,18 @@ def test_the_parent_starts_again_where_a_child_died(monkeypatch):
     assert seen == [["--child"], ["--child", "--resume"]]
 
 
+def test_an_unexpected_error_of_a_child_is_no_result(tmp_path, monkeypatch, capsys):
+    """A broken device raises anywhere; the parent must know that this was not the end."""
+
+    def broken(*args, **options):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(run, "run_groups", broken)
+    arguments = ["--device", "cpu", "--results", str(tmp_path), "--groups", "flow", "--child"]
+    assert command_line.main(arguments) == run.DIED
+    assert "illegal memory access" in capsys.readouterr().err
+
+
 def test_the_parent_stops_when_time_is_up(monkeypatch):
     def child(command, timeout, **options):
         raise subprocess.TimeoutExpired(command, timeout)

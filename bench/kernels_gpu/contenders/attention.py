@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from emokernels import native
 from emokernels.attention import run
 from emokernels.composed import libraries
 
-from ..inputs import Inputs, dense_bias
+from ..inputs import Inputs
 from ..timing import Call
 from . import Contender, Prepare, Unavailable, need
 
@@ -24,8 +25,6 @@ FLASH = "SDPA flash"
 CUDNN = "SDPA cuDNN"
 FLEX = "FlexAttention, score_mod"
 EAGER = "eager, bias mask"
-DECODE_ROWS = 8
-"""Up to this many queries `native` computes."""
 
 
 def options_of(inputs: Inputs, backend: str, variant: str) -> dict[str, Any]:
@@ -41,10 +40,10 @@ def ours(backend: str, variant: str, *, lengths: bool = False) -> Prepare:
 
     def prepare(inputs: Inputs) -> Call:
         need(backend)
-        if backend == "native" and inputs.case.rows > DECODE_ROWS:
+        if backend == "native" and inputs.case.rows > native.MAX_QUERIES:
             raise Unavailable("native attention is for decoding")
         options = options_of(inputs, backend, variant)
-        if lengths and inputs.case.rows > DECODE_ROWS:
+        if lengths and inputs.case.rows > 1:
             raise Unavailable("caches that are not full are for decoding")
         if lengths:
             options["lengths"] = torch.tensor([inputs.case.keys], dtype=torch.int32, device=inputs.q.device)
@@ -60,7 +59,7 @@ def sdpa(kernel: SDPBackend, variant: str, repeat: bool = False) -> Prepare:
         q, k, v = inputs.q, inputs.k, inputs.v
         if repeat and inputs.share > 1:
             k, v = (x.repeat_interleave(inputs.share, 1) for x in (k, v))
-        mask = None if variant == "plain" else dense_bias(inputs, variant, q.dtype).expand(q.shape[0], -1, -1, -1)
+        mask = None if variant == "plain" else inputs.mask(variant).expand(q.shape[0], -1, -1, -1)
         causal = inputs.case.causal and mask is None
         grouped = k.shape[1] != q.shape[1]
 
@@ -84,7 +83,7 @@ def eager(variant: str) -> Prepare:
 
     def prepare(inputs: Inputs) -> Call:
         q, k, v = inputs.q, inputs.k, inputs.v
-        mask = None if variant == "plain" and not inputs.case.causal else dense_bias(inputs, variant, q.dtype)
+        mask = None if variant == "plain" and not inputs.case.causal else inputs.mask(variant)
 
         def call() -> Tensor:
             keys, values = (x.repeat_interleave(inputs.share, 1) if inputs.share > 1 else x for x in (k, v))
