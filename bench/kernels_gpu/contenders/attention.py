@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from emokernels import native
@@ -21,6 +22,7 @@ PLAIN = "fused"
 ROUTES = "fused, bias and gain in all heads"
 BOOST = "fused, gain in 10 heads"
 EVERY = "fused, every route different"
+FIRST = "fused, gain in 10 heads, first layer of a pass"
 FLASH = "SDPA flash"
 CUDNN = "SDPA cuDNN"
 FLEX = "FlexAttention, score_mod"
@@ -35,8 +37,12 @@ def options_of(inputs: Inputs, backend: str, variant: str) -> dict[str, Any]:
     return options
 
 
-def ours(backend: str, variant: str, *, lengths: bool = False) -> Prepare:
-    """Attention as patched models call it."""
+def ours(backend: str, variant: str, *, lengths: bool = False, first: bool = False) -> Prepare:
+    """Attention as patched models call it.
+
+    `lengths` says on the device how many keys there are. The layers of a pass share what one of them worked out about
+    the roles; with `first` the call is the one that works it out.
+    """
 
     def prepare(inputs: Inputs) -> Call:
         need(backend)
@@ -47,7 +53,15 @@ def ours(backend: str, variant: str, *, lengths: bool = False) -> Prepare:
             raise Unavailable("caches that are not full are for decoding")
         if lengths:
             options["lengths"] = torch.tensor([inputs.case.keys], dtype=torch.int32, device=inputs.q.device)
-        return lambda: run(inputs.q, inputs.k, inputs.v, **options)[0]
+        if not first:
+            return lambda: run(inputs.q, inputs.k, inputs.v, **options)[0]
+        roles = options["roles"] = inputs.roles.clone()
+
+        def call() -> Tensor:
+            increment_version(roles)
+            return run(inputs.q, inputs.k, inputs.v, **options)[0]
+
+        return call
 
     return prepare
 
@@ -151,6 +165,7 @@ def forward() -> list[Contender]:
         Contender(ROUTES, "routes", ours("fused", "routes"), ours=True),
         Contender(BOOST, "boost", ours("fused", "boost"), ours=True),
         Contender(EVERY, "every", ours("fused", "every"), ours=True),
+        Contender(FIRST, "boost", ours("fused", "boost", first=True), ours=True),
         Contender("fused, gain in 10 heads, lengths", "boost", ours("fused", "boost", lengths=True), ours=True),
         Contender("composed", "plain", ours("composed", "plain"), ours=True),
         Contender("composed, gain in 10 heads", "boost", ours("composed", "boost"), ours=True),
