@@ -1,16 +1,16 @@
-"""``act(gate) * up`` with neuron edits in one pass over memory, and the launches of its gradient.
+"""``act(gate) * up`` with neuron edits in one pass over memory, and what its gradient shares with it.
 
 One program takes a tile of one row: it reads gate and up, computes in float32, rounds once and writes. The edits ride
-along: each program looks through the (short) list of edited neurons, and the lanes whose neuron lies in this tile
-compute their entry again, from the very lines this program has just read, and store it over the plain one behind a
-barrier. So
+along: each program looks through the (short) list of edited neurons, and only where one of them lies in its tile do a
+few lanes compute that entry again, from the very lines this program has just read, and store it over the plain one
+behind a barrier. So
 
-- where nothing is edited the kernel has no trace of edits (`index` is None at compile time), and a tile without edited
-  neurons differs by a few lanes that are switched off; no element of the tile is compared with anything;
+- without edits the kernel has no trace of them (`index` is None at compile time), and with edits no element of a tile
+  is compared with anything: a tile without edited neurons pays one load of the list, one vote and a jump;
 - there is no second launch, no lookup table over F to build, and nothing to remember between calls: `index` and the
   values are read by the kernel itself, so refills are seen, also by a CUDA graph that replays;
-- the price grows with the number of edits alone: n lanes of arithmetic beside BLOCK_F of them, 1.5 % at n = 32.
-  Editing a large share of all F neurons works and is slow; a dense factor is a product with a row.
+- the price grows with the number of edits (32 or 128 of them a step), never with F. Editing a large share of all
+  neurons works and is slow; a dense factor is a product with a row.
 
 A second small kernel over the edited columns would cost a launch (in decode as much as the main kernel) and read
 scattered lines of memory again; a map over F would cost two launches to build, or a memory of what index held.
@@ -57,7 +57,7 @@ def tile_of(outer_size, inner_size, width, BLOCK_F: tl.constexpr):
 @triton.jit
 def edit_lanes(index, index_b, index_f, outer, first, edits, BLOCK_E: tl.constexpr):
     """Neurons of edits ``first ...`` of one batch row; -1 past the end."""
-    slots = first + tl.arange(0, BLOCK_E)
+    slots = first + tl.arange(0, BLOCK_E).to(tl.int64)
     return tl.load(index + outer * index_b + slots * index_f, mask=slots < edits, other=-1)
 
 
@@ -106,21 +106,22 @@ def gated_activation_kernel(
         end = tl.minimum(start + BLOCK_F, width)
         for first in range(0, edits, BLOCK_E):
             mine = (column >= start) & (column < end)
-            edit = first + tl.arange(0, BLOCK_E)
-            e = activation(tl.load(gate + column * gate_f, mask=mine).to(tl.float32), ACT, EXACT)
-            if up is not None:
-                e *= tl.load(up + column * up_f, mask=mine).to(tl.float32)
-            if scale is not None:
-                by = scale + outer * scale_b + inner * scale_n
-                e *= tl.load(by + edit * scale_f, mask=mine).to(tl.float32)
-            if shift is not None:
-                by = shift + outer * shift_b + inner * shift_n
-                e += tl.load(by + edit * shift_f, mask=mine).to(tl.float32)
-            if mask is not None:
-                chosen = tl.load(mask + outer * mask_b + inner * mask_n + edit * mask_f, mask=mine, other=0) != 0
-                value = replace + outer * replace_b + inner * replace_n + edit * replace_f
-                e = tl.where(chosen, tl.load(value, mask=mine & chosen).to(tl.float32), e)
-            tl.store(out + column * out_f, e.to(out.dtype.element_ty), mask=mine)
+            if tl.max(mine.to(tl.int32), 0) > 0:  # most tiles have no edited neuron
+                edit = first + tl.arange(0, BLOCK_E).to(tl.int64)
+                e = activation(tl.load(gate + column * gate_f, mask=mine).to(tl.float32), ACT, EXACT)
+                if up is not None:
+                    e *= tl.load(up + column * up_f, mask=mine).to(tl.float32)
+                if scale is not None:
+                    by = scale + outer * scale_b + inner * scale_n
+                    e *= tl.load(by + edit * scale_f, mask=mine).to(tl.float32)
+                if shift is not None:
+                    by = shift + outer * shift_b + inner * shift_n
+                    e += tl.load(by + edit * shift_f, mask=mine).to(tl.float32)
+                if mask is not None:
+                    chosen = tl.load(mask + outer * mask_b + inner * mask_n + edit * mask_f, mask=mine, other=0) != 0
+                    value = replace + outer * replace_b + inner * replace_n + edit * replace_f
+                    e = tl.where(chosen, tl.load(value, mask=mine & chosen).to(tl.float32), e)
+                tl.store(out + column * out_f, e.to(out.dtype.element_ty), mask=mine)
             column = edit_lanes(index, index_b, index_f, outer, first + BLOCK_E, edits, BLOCK_E)
 
 
@@ -212,18 +213,19 @@ class AuditProblem:
         return {"wide": self.index is None}
 
 
-def _audit_problem(dtype: torch.dtype, width: int, gated: bool, edits: str, act: str) -> AuditProblem:
+def _audit_problem(dtype: torch.dtype, width: int, gated: bool, edits: str, act: str, n: int = 32) -> AuditProblem:
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
 
     gate = empty(4, 512, width, dtype=dtype)
-    name = f"{str(dtype).removeprefix('torch.')} F={width} {'gated' if gated else 'ungated'} {act}, {edits}"
+    kind, many = "gated" if gated else "ungated", "" if n == 32 else f" of {n}"
+    name = f"{str(dtype).removeprefix('torch.')} F={width} {kind} {act}, {edits}{many}"
     problem = AuditProblem(name, gate, torch.empty_like(gate) if gated else None, act=act)
     if edits != "no edits":
-        problem = dataclasses.replace(problem, index=empty(32, dtype=torch.int64), scale=empty(4, 1, 32))
+        problem = dataclasses.replace(problem, index=empty(n, dtype=torch.int64), scale=empty(4, 1, n))
     if edits == "all edits":
-        mask = empty(4, 1, 32, dtype=torch.bool)
-        problem = dataclasses.replace(problem, shift=empty(4, 1, 32), replace=empty(4, 1, 32), mask=mask)
+        mask = empty(4, 1, n, dtype=torch.bool)
+        problem = dataclasses.replace(problem, shift=empty(4, 1, n), replace=empty(4, 1, n), mask=mask)
     return problem
 
 
@@ -235,6 +237,7 @@ def audit_problems() -> Iterator[AuditProblem]:
                 yield _audit_problem(dtype, 14336, gated, edits, "silu" if gated else "gelu")
     for act in {inside: name for name, inside in NAMES.items()}.values():
         yield _audit_problem(torch.bfloat16, 11008, True, "scale", act)
+    yield _audit_problem(torch.bfloat16, 14336, True, "all edits", "silu", n=200)
 
 
 def audit_launches(arch: str) -> Iterator[tuple[str, Launch, dict[str, bool]]]:

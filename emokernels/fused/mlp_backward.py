@@ -20,8 +20,8 @@ from .mlp import audit_problems, edit_lanes, index_addresses, tile_of, tiles_of
 from .mlp_acts import NAMES, activation, activation_and_slope
 from .mlp_rows import addresses, same_rows
 
-_CONFIGS = {2: Config(1, 1024, num_warps=4), 4: Config(1, 1024, num_warps=4)}
-"""By bytes of an element; three tensors are read, so half the columns of the forward pass keep as much in flight."""
+_CONFIGS = {2: Config(1, 1024, num_warps=4), 4: Config(1, 512, num_warps=4)}
+"""By bytes of an element: one load of 16 bytes a thread of each tensor. Twice that in float32 spills on sm_80."""
 
 
 @triton.jit(
@@ -78,32 +78,33 @@ def gated_activation_backward_kernel(
         end = tl.minimum(start + BLOCK_F, width)
         for first in range(0, edits, BLOCK_E):
             mine = (column >= start) & (column < end)
-            edit = first + tl.arange(0, BLOCK_E)
-            part = row * edits + edit
-            kept = tl.load(grad + column * grad_f, mask=mine).to(tl.float32)
-            xe = tl.load(gate + column * gate_f, mask=mine).to(tl.float32)
-            plain, rise = activation_and_slope(xe, ACT, EXACT)  # act(gate) before up, and the slope of the entry
-            entry = plain
-            if up is not None:
-                ue = tl.load(up + column * up_f, mask=mine).to(tl.float32)
-                entry = plain * ue
-                rise *= ue
-            if mask is not None:
-                chosen = tl.load(mask + outer * mask_b + inner * mask_n + edit * mask_f, mask=mine, other=0) != 0
-                if dreplace is not None:
-                    tl.store(dreplace + part, tl.where(chosen, kept, 0.0), mask=mine)
-                kept = tl.where(chosen, 0.0, kept)
-            if dshift is not None:
-                tl.store(dshift + part, kept, mask=mine)
-            if dscale is not None:
-                tl.store(dscale + part, kept * entry, mask=mine)
-            if scale is not None:
-                by = scale + outer * scale_b + inner * scale_n
-                kept *= tl.load(by + edit * scale_f, mask=mine).to(tl.float32)
-            if dgate is not None:
-                tl.store(dgate + column * dgate_f, (kept * rise).to(dgate.dtype.element_ty), mask=mine)
-            if dup is not None:
-                tl.store(dup + column * dup_f, (kept * plain).to(dup.dtype.element_ty), mask=mine)
+            if tl.max(mine.to(tl.int32), 0) > 0:  # most tiles have no edited neuron
+                edit = first + tl.arange(0, BLOCK_E).to(tl.int64)
+                part = row * edits + edit
+                kept = tl.load(grad + column * grad_f, mask=mine).to(tl.float32)
+                xe = tl.load(gate + column * gate_f, mask=mine).to(tl.float32)
+                plain, rise = activation_and_slope(xe, ACT, EXACT)  # act(gate) before up, and the slope of the entry
+                entry = plain
+                if up is not None:
+                    ue = tl.load(up + column * up_f, mask=mine).to(tl.float32)
+                    entry = plain * ue
+                    rise *= ue
+                if mask is not None:
+                    chosen = tl.load(mask + outer * mask_b + inner * mask_n + edit * mask_f, mask=mine, other=0) != 0
+                    if dreplace is not None:
+                        tl.store(dreplace + part, tl.where(chosen, kept, 0.0), mask=mine)
+                    kept = tl.where(chosen, 0.0, kept)
+                if dshift is not None:
+                    tl.store(dshift + part, kept, mask=mine)
+                if dscale is not None:
+                    tl.store(dscale + part, kept * entry, mask=mine)
+                if scale is not None:
+                    by = scale + outer * scale_b + inner * scale_n
+                    kept *= tl.load(by + edit * scale_f, mask=mine).to(tl.float32)
+                if dgate is not None:
+                    tl.store(dgate + column * dgate_f, (kept * rise).to(dgate.dtype.element_ty), mask=mine)
+                if dup is not None:
+                    tl.store(dup + column * dup_f, (kept * plain).to(dup.dtype.element_ty), mask=mine)
             column = edit_lanes(index, index_b, index_f, outer, first + BLOCK_E, edits, BLOCK_E)
 
 

@@ -59,14 +59,15 @@ def randn(*shape, dtype=torch.float32, seed=0):
 
 
 def edits(shape, index, seed=0, fields=("scale", "shift", "replace"), spread=((0, 1), (1, 0), (1, 1)), by=1.0):
-    """Edits with values per batch row and per position where `spread` says so; without a dimension it is shared."""
+    """Edits with values per batch row and per position where `spread` says so, in memory that runs the other way."""
     (batch, positions), n = shape, index.shape[-1]
     values = {}
     for at, (name, (rows, columns)) in enumerate(zip(("scale", "shift", "replace"), spread, strict=True)):
         if name in fields:
-            values[name] = by * randn(batch if rows else 1, positions if columns else 1, n, seed=seed + at)
+            value = by * randn(n, positions if columns else 1, batch if rows else 1, seed=seed + at)
+            values[name] = value.permute(2, 1, 0)
     if "replace" in values:
-        values["mask"] = randn(batch, 1, n, seed=seed + 7) > 0.5
+        values["mask"] = (randn(n, batch, seed=seed + 7) > 0.5).t()[:, None]
     return emo.NeuronEdits(index.to(DEVICE), **values)
 
 
@@ -326,7 +327,7 @@ def test_property_equals_float64(shape, layout, step, half, act, gated, fields, 
     if n:
         generator = torch.Generator().manual_seed(seed)
         rows = [torch.randperm(width, generator=generator)[:n] for _ in range(batch)]
-        neurons = edits((batch, positions), torch.stack(rows) if per_row else rows[0], seed, fields, spread)
+        neurons = edits((batch, positions), torch.stack(rows, 1).t() if per_row else rows[0], seed, fields, spread)
     inputs = [t.detach().requires_grad_() for t in (gate, up) if t is not None]
     out = emo.gated_activation(inputs[0], inputs[1] if gated else None, act=act, neurons=neurons, backend="fused")
     got = torch.autograd.grad(out, inputs, weight)
