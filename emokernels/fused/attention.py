@@ -9,8 +9,10 @@ from torch import Tensor
 from ..heads import HeadEdits
 from ..ops import empty_outputs
 from ..problem import Problem
+from . import decode
 from .forward import forward_kernel
 from .launch import Config, Launch, arch_of, padded_dim
+from .prefix import attend as attend_prefix
 from .schedule import Schedule, mask_arguments, mask_kind, schedule_of
 
 # (architecture, bytes of an element): {padded head dimension: configuration}
@@ -124,7 +126,9 @@ def attend(
     A few queries on many keys go to `decode`, a shared prefix to `prefix`, the rest through the forward kernel.
     """
     if prefix is not None:
-        problem = problem.prepend(prefix)
+        return attend_prefix(problem, *prefix, heads, need_lse)
+    if decode.suits(problem):
+        return decode.attend(problem, heads, need_lse)
     problem = problem.fold_lengths()
     z, lse = empty_outputs(problem.q)
     config = config_for(arch_of(problem.q), problem.q.element_size(), padded_dim(problem.q.shape[3]))

@@ -26,8 +26,7 @@ def small_tiles(monkeypatch):
     """Tiles so small that a short prompt has every kind of block."""
     table = {key: {dim: Config(16, 16, 4, 2) for dim in (64, 128, 256)} for key in fused.CONFIGS}
     monkeypatch.setattr(fused, "CONFIGS", table)
-    if hasattr(fused, "decode"):
-        monkeypatch.setattr(fused.decode, "suits", lambda problem: False)
+    monkeypatch.setattr(fused.decode, "suits", lambda problem: False)
 
 
 def call(q, k, v, routes=None, dtype=torch.float32, **options):
