@@ -6,13 +6,13 @@
 
 namespace emokernels {
 
-inline int decode_blocks(const DecodeParams& p, int rows_per_tile) {
+inline int64_t decode_blocks(const DecodeParams& p, int rows_per_tile) {
   const int rows = p.heads / p.key_heads * p.n;
-  return ceil_div(rows, rows_per_tile) * p.splits * p.key_heads * p.batch;
+  return int64_t(ceil_div(rows, rows_per_tile)) * p.splits * p.key_heads * p.batch;
 }
 
 template <typename T, int DIM, int TILES, typename Run> void run_mma(const DecodeParams& p, Run run) {
-  const int blocks = decode_blocks(p, 8 * TILES);
+  const int64_t blocks = decode_blocks(p, 8 * TILES);
   if (p.routed()) {
     run(decode_mma<T, DIM, TILES, true, true>, blocks, kDecodeThreads);
   } else {
@@ -27,14 +27,14 @@ template <typename T, typename Run> void run_mma(const DecodeParams& p, Run run)
   if (p.dim == 128) return wide ? run_mma<T, 128, 2>(p, run) : run_mma<T, 128, 1>(p, run);
   if (p.dim == 256) return run_mma<T, 256, 1>(p, run);
   // Head dimensions in between share one kernel with and without tables: absent tables are the identity.
-  const int blocks = decode_blocks(p, 8);
+  const int64_t blocks = decode_blocks(p, 8);
   if (p.dim < 64) return run(decode_mma<T, 64, 1, true, false>, blocks, kDecodeThreads);
   if (p.dim < 128) return run(decode_mma<T, 128, 1, true, false>, blocks, kDecodeThreads);
   run(decode_mma<T, 256, 1, true, false>, blocks, kDecodeThreads);
 }
 
 template <typename T, bool ALIGNED, typename Run> void run_simt(const DecodeParams& p, Run run) {
-  const int blocks = decode_blocks(p, kSimtRows);
+  const int64_t blocks = decode_blocks(p, kSimtRows);
   if (p.dim <= 64) {
     run(decode_simt<T, 64, ALIGNED>, blocks, kDecodeThreads);
   } else if (p.dim <= 128) {
@@ -45,7 +45,7 @@ template <typename T, bool ALIGNED, typename Run> void run_simt(const DecodePara
 }
 
 template <typename T, typename Run> void run_merge(const DecodeParams& p, Run run) {
-  if (p.splits > 1) run(decode_merge<T>, p.batch * p.heads * p.n, kDecodeThreads);
+  if (p.splits > 1) run(decode_merge<T>, int64_t(p.batch) * p.heads * p.n, kDecodeThreads);
 }
 
 template <typename Run> void run_decode(const DecodeParams& p, Run run) {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 MAX_SPLITS = 128
 """As kMaxSplits in csrc/include/decode_params.cuh."""
 
@@ -19,6 +21,7 @@ def rows_per_block(rows: int, dim: int, half_precision: bool) -> int:
     return 16 if rows > 8 and dim in (64, 128) else 8
 
 
+@functools.lru_cache(4096)
 def plan_splits(
     batch: int, key_heads: int, rows: int, keys: int, dim: int, multiprocessors: int, *, half_precision: bool = True
 ) -> int:

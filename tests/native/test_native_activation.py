@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from emokernels import reference
 from emokernels.acts import ACTS
-from emokernels.native import activate
+from emokernels.native import activate, library
 
 pytestmark = pytest.mark.usefixtures("emulated")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -96,12 +96,13 @@ def test_every_neuron_and_more_edits_than_threads():
 
 
 @every_dtype
-@pytest.mark.parametrize("how", ["halves", "offset", "transposed", "expanded"])
+@pytest.mark.parametrize("how", ["halves", "offset", "only up offset", "transposed", "expanded"])
 def test_strides(dtype, how):
     wide, _ = inputs((2, 4, 160), dtype)
     gate, up = {
         "halves": lambda: wide.chunk(2, -1),
         "offset": lambda: (wide[..., 1:73], wide[..., 80:152]),
+        "only up offset": lambda: (wide[..., :72], wide[..., 81:153]),
         "transposed": lambda: (wide.transpose(0, 1), wide.transpose(0, 1) * 2),
         "expanded": lambda: (wide[:1].expand(2, -1, -1), wide),
     }[how]()
@@ -123,6 +124,11 @@ def test_several_rows_per_block():
     index = torch.tensor([[1], [2], [3]])
     rest = (index, *edits(3, 2750, index), "silu")
     assert_correct(activate(gate, up, *rest), gate, up, *rest)
+    room = torch.full((gate.numel() + 64,), 7.0, dtype=gate.dtype)
+    out = room[: gate.numel()].view(gate.shape)
+    library.ops().gated_activation(gate, up, *rest[:-1], 0, out)
+    assert torch.equal(out, activate(gate, up, *rest))
+    assert (room[gate.numel() :] == 7.0).all(), "written past the end"
 
 
 def test_values_of_other_types():

@@ -1,5 +1,7 @@
 """The decode kernels of csrc, run thread by thread on the CPU, against the float64 definition."""
 
+import math
+
 import pytest
 import torch
 from emulated import emulated  # noqa: F401
@@ -7,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from native_problems import FIELDS, LAYOUTS, MASKS, assert_correct, problem
 
-from emokernels.native import attend
+from emokernels.native import attend, library
 from emokernels.native import attention as native_attention
 from emokernels.native.attention import run
 from emokernels.native.splits import MAX_SPLITS, plan_splits
@@ -136,6 +138,32 @@ def test_results_do_not_vary(dtype):
     first = run(made, 5)
     for other in (run(made, 5), run(made._replace(k=made.k.clone(), v=made.v.clone()), 5)):
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+@every_dtype
+@pytest.mark.parametrize("splits", [1, 3])
+def test_nothing_else_is_written(dtype, splits):
+    """Outputs and workspace lie in larger buffers whose rest keeps its values; q, k, v and tables are left alone."""
+    made = problem(batch=2, heads=6, n=3, dim=40, dtype=dtype, fields=FIELDS)
+    before = [x.clone() for x in made[:10] if x is not None]
+    shapes = {
+        "z": (2, 3, 6, 40),
+        "lse": (2, 6, 3),
+        "partial_z": (splits, 2, 6, 3, 40),
+        "partial_lse": (splits, 2, 6, 3),
+    }
+    rooms, views = {}, {}
+    for name, shape in shapes.items():
+        size = math.prod(shape)
+        rooms[name] = torch.full((size + 128,), 7.0, dtype=dtype if name == "z" else torch.float32)
+        views[name] = rooms[name][64 : 64 + size].view(shape)
+    views["z"] = views["z"].transpose(1, 2)
+    library.ops().decode_attention(**made._asdict(), splits=splits, **views)
+    assert_correct((views["z"], views["lse"]), made)
+    for name, room in rooms.items():
+        assert (room[:64] == 7.0).all(), name
+        assert (room[-64:] == 7.0).all(), name
+    assert all(torch.equal(a, b) for a, b in zip(before, (x for x in made[:10] if x is not None), strict=True))
 
 
 def test_tables_of_other_types_and_strides():
