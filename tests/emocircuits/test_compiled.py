@@ -5,9 +5,14 @@ import pytest
 import torch
 from transformers import StaticCache
 
+import emokernels as emo
 from emocircuits import AddVector, BoostRoute, Plan, ReplaceHead, ScaleHead, ScaleNeurons, patch
 
 LENGTH = 64
+
+
+def emokernels_fused():
+    return next(b.available for b in emo.backends() if b.name == "fused")
 
 
 def plan(by=1.7, scale=0.5, neurons=(3, 7)):
@@ -86,6 +91,20 @@ def test_one_graph_serves_every_step_prompt_and_plan(family, compiler):
     # Stock attention shares grouped keys in another way while a graph is traced.
     for one, two in zip(got, [*expected, expected[0]], strict=True):
         torch.testing.assert_close(one, two, rtol=0, atol=2e-5)
+
+
+@pytest.mark.skipif(not emokernels_fused(), reason="the Triton kernels need a GPU or TRITON_INTERPRET=1")
+def test_one_graph_on_the_fused_kernels():
+    model = models.build("llava")
+    with patch(model, plan()):
+        expected = generate(model, prompts(model), model, tokens=2)
+    with patch(model, plan(by=0.6), backend="fused") as patched:
+        step = torch.compile(model, fullgraph=True, backend="eager")
+        generate(model, prompts(model), step, tokens=1)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            patched.replace(plan())
+            got = generate(model, prompts(model), step, tokens=2)
+    torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
 
 
 def test_sliding_cache_in_a_compiled_step():

@@ -216,6 +216,24 @@ class TestHeadEdits:
         assert torch.isfinite(z).all()
 
 
+@pytest.mark.parametrize("case", ["bare", "everything"])
+def test_opcheck_of_the_op_with_edits(case):
+    q, k, v = (x.float().to(DEVICE) for x in qkv(batch=2, n=6, keys=8, dim=16))
+    if case == "everything":
+        q, k = q.transpose(1, 2).contiguous().transpose(1, 2), k[:1].expand(2, -1, -1, -1)
+    roles = roles_of([1, 2, 2, 3, 3, 4, 5, 5]).to(DEVICE)
+    routes = None
+    if case == "everything":
+        tables = random_routes(fields=("bias", "gain")).tables()
+        routes = emo.Routes(**{name: t.float().to(DEVICE) for name, t in tables})
+    problem = make_problem(q, k, v, roles, None, routes, None, True, None, None, None)
+    edits = (None,) * 6
+    if case == "everything":
+        replace = torch.randn(2, 6, 4, 16, device=DEVICE)
+        edits = (torch.randn(1, 1, 4, device=DEVICE), None, replace, replace[..., 0] > 0, None, None)
+    torch.library.opcheck(torch.ops.emokernels.attention_fused_edited, (*problem, *edits))
+
+
 class TestSchedule:
     def problem(self, roles):
         q, k, v = (x.float().to(DEVICE) for x in qkv(n=80, dim=16))
