@@ -44,6 +44,13 @@ def test_splits(dtype, splits, keys):
 
 
 @every_dtype
+@pytest.mark.parametrize("splits", [33, 70])
+def test_many_splits_with_keys_in_all(dtype, splits):
+    made = problem(heads=1, key_heads=1, keys=64 * splits - 5, dtype=dtype, fields=FIELDS)
+    assert_correct(run(made, splits), made)
+
+
+@every_dtype
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dim", [48, 128])
 def test_strides(dtype, layout, dim):
