@@ -67,7 +67,13 @@ COLUMNS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
         ),
     ),
     "flow": (flow.FUSED, (("composed", "composed"), ("eager", flow.EAGER))),
-    "lens": (lens.FUSED, (("composed", "composed"), ("all logits", lens.FULL), ("product alone", lens.PRODUCT))),
+    "lens": (
+        lens.FUSED,
+        (
+            ("and ten tokens", lens.TOP), ("composed", "composed"), ("all logits", lens.FULL),
+            ("product alone", lens.PRODUCT),
+        ),
+    ),
     "generation": (generation.VEENA, (("untouched", generation.UNTOUCHED),)),
 }  # fmt: skip
 

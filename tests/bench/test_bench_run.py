@@ -14,6 +14,8 @@ from bench.kernels_gpu import goals, record, report, run
 from bench.kernels_gpu.machine import slug
 from bench.kernels_gpu.shapes import SETS, SHARES
 
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -133,6 +133,8 @@ def calls():
     neurons = emo.NeuronEdits(torch.arange(10, device=DEVICE), scale=torch.ones(2, 1, 10, device=DEVICE))
     step, shared = Step(), Step(prefix=here(300, 20))
     learnt = [x.detach().requires_grad_() for x in (q, k, v)]
+    hidden, unembed = randn(7, 64, dtype=HALF), randn(here(32000, 70), 64, dtype=HALF)
+    sets = torch.tensor([[3, 5]], device=DEVICE)
 
     def backward():
         z, _ = emo.attention(*learnt, roles=roles, routes=table, backend="fused")
@@ -146,6 +148,7 @@ def calls():
         "decode with a prefix": shared,
         "activation": lambda: emo.gated_activation(gate, up, neurons=neurons, backend="fused"),
         "flow": lambda: emo.attention_flow(q, k, v, roles=roles, grad_z=torch.ones_like(q), backend="fused"),
+        "lens": lambda: emo.logit_lens(hidden, unembed, token_sets=sets, top_k=3, backend="fused"),
         "backward": backward,
     }
 
@@ -165,7 +168,7 @@ def no_waiting():
 
 
 NAMES = ["prefill", "prefill with routes", "prefill with a mask", "decode", "decode with a prefix"]
-NAMES += ["activation", "flow", "backward"]
+NAMES += ["activation", "flow", "lens", "backward"]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from on_device import HALF, dtypes, here, prompt_roles, qkv, randn, routes, wide
+from on_device import DEVICE, HALF, dtypes, here, prompt_roles, qkv, randn, routes, wide
 
 import emokernels as emo
 
@@ -40,3 +40,42 @@ def test_the_flow_of_a_decode_step():
         *wide((q, k, v)), roles=prompt_roles(N), routes=wide(routes()), backend="reference"
     )  # fmt: skip
     torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-4)
+
+
+def lens_inputs(rows, vocabulary, dim, dtype):
+    """Logits of a model that is sure here and there; overlapping sets, one padded with -1."""
+    hidden, unembed = randn(rows, dim, dtype=dtype, seed=1), randn(vocabulary, dim, dtype=dtype, seed=2) * dim**-0.5
+    unembed[5] *= 8
+    sets = torch.tensor([[1, 2, 3, vocabulary - 1], [5, 3, -1, -1]], device=DEVICE)
+    return hidden * 2, unembed.to(dtype), sets
+
+
+@dtypes
+@pytest.mark.parametrize("vocabulary", here([1000, 32000, 151936], [70]))
+@pytest.mark.parametrize("rows", here([1, 17, 300], [5]))
+def test_lens(rows, vocabulary, dtype):
+    hidden, unembed, sets = lens_inputs(rows, vocabulary, here(512, 24), dtype)
+    found = emo.logit_lens(hidden, unembed, token_sets=sets, top_k=5, backend="fused")
+    exact = emo.logit_lens(hidden.double(), unembed.double(), token_sets=sets, top_k=5, backend="reference")
+    torch.testing.assert_close(found.entropy.double(), exact.entropy, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.set_prob.double(), exact.set_prob, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(found.top.log_prob.double(), exact.top.log_prob, rtol=1e-4, atol=1e-4)
+    logits = hidden.double() @ unembed.double().T
+    chosen = torch.log_softmax(logits, -1).gather(-1, found.top.index)
+    torch.testing.assert_close(chosen, exact.top.log_prob, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"softcap": 3.0}, {"bias": True}], ids=str)
+def test_lens_of_other_heads(options):
+    hidden, unembed, sets = lens_inputs(here(33, 5), here(32000, 70), here(512, 24), HALF)
+    if "bias" in options:
+        options = {
+            "bias": randn(unembed.shape[0], seed=3).masked_fill(
+                torch.arange(unembed.shape[0], device=DEVICE) % 7 == 0, -torch.inf
+            )
+        }
+    found = emo.logit_lens(hidden, unembed, token_sets=sets, **options, backend="fused")
+    given = {name: wide(x) for name, x in options.items()}
+    exact = emo.logit_lens(hidden.double(), unembed.double(), token_sets=sets, **given, backend="reference")
+    torch.testing.assert_close(found.entropy.double(), exact.entropy, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.set_prob.double(), exact.set_prob, rtol=1e-3, atol=1e-6)

@@ -82,6 +82,17 @@ def test_flow(memory):
     assert torch.equal(found, same)
 
 
+def test_an_unembedding_with_rows_far_apart(memory):
+    vocabulary, width = 70000, 64
+    unembed, near = far(memory, 0, (vocabulary, width), (FAR // (vocabulary - 100), 1))
+    hidden = randn(9, width, dtype=HALF, seed=1)
+    sets = torch.tensor([[3, vocabulary - 1]], device=DEVICE)
+    found, same = (emo.logit_lens(hidden, one, token_sets=sets, top_k=3, backend="fused") for one in (unembed, near))
+    assert torch.equal(found.entropy, same.entropy)
+    assert torch.equal(found.set_prob, same.set_prob)
+    assert torch.equal(found.top.index, same.top.index)
+
+
 def test_an_activation_with_rows_far_apart(memory):
     shape, strides = (2, 8, 4096), (FAR, 4096, 1)
     (gate, near_gate), (up, near_up) = far(memory, 0, shape, strides), far(memory, 2**20, shape, strides)

@@ -15,6 +15,7 @@ from ..timing import Call
 from . import Contender, Prepare, need
 
 FUSED = "fused"
+TOP = "fused, ten likeliest tokens too"
 FULL = "all logits, softmax, entropy"
 PRODUCT = "product with the unembedding alone"
 CHECKED_ROWS = 16
@@ -25,7 +26,7 @@ TOLERANCE = 2e-4
 
 @dataclass(frozen=True)
 class Inputs:
-    """``hidden [N, d]``, ``unembed [V, d]``, and the tokens of one set."""
+    """``hidden [N, d]``, ``unembed [V, d]``, and the tokens of one set, ``[1, L]``."""
 
     case: Lens
     hidden: Tensor
@@ -38,15 +39,15 @@ def make(case: Lens, device: str, seed: int) -> Inputs:
     hidden = torch.randn(case.rows, case.hidden, generator=generator, device=device, dtype=case.dtype)
     unembed = torch.randn(case.vocabulary, case.hidden, generator=generator, device=device, dtype=case.dtype)
     unembed *= 2 * case.hidden**-0.5  # logits of a model that is not sure
-    tokens = torch.randperm(case.vocabulary, generator=generator, device=device)[: min(SET, case.vocabulary // 4)]
-    return Inputs(case, hidden, unembed, tokens)
+    tokens = torch.randperm(case.vocabulary, generator=generator, device=device)
+    return Inputs(case, hidden, unembed, tokens[None, : min(SET, case.vocabulary // 4)])
 
 
 def statistics(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Entropy in nats and the probability of the set, ``[N]`` each."""
     log_p = torch.log_softmax(logits, -1)
     p = log_p.exp()
-    return -(p * log_p).sum(-1), p[:, tokens].sum(-1)
+    return -(p * log_p).sum(-1), p[:, tokens[0]].sum(-1)
 
 
 def gates(inputs: Inputs) -> dict[str, Gate]:
@@ -59,12 +60,13 @@ def taken(inputs: Inputs, out: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
     return tuple(x.reshape(inputs.case.rows)[:CHECKED_ROWS] for x in out)
 
 
-def ours(backend: str) -> Prepare:
+def ours(backend: str, top_k: int = 0) -> Prepare:
     def prepare(inputs: Inputs) -> Call:
         need(backend)
+        options = {"token_sets": inputs.tokens, "top_k": top_k, "backend": backend}
 
         def call() -> tuple[Tensor, Tensor]:
-            found = emo.logit_lens(inputs.hidden, inputs.unembed, token_sets=[inputs.tokens], backend=backend)
+            found = emo.logit_lens(inputs.hidden, inputs.unembed, **options)
             return found.entropy, found.set_prob
 
         return call
@@ -84,6 +86,7 @@ def product(inputs: Inputs) -> Call:
 def contenders() -> list[Contender]:
     return [
         Contender(FUSED, "plain", ours("fused"), ours=True),
+        Contender(TOP, "plain", ours("fused", 10), ours=True),
         Contender("composed", "plain", ours("composed"), ours=True),
         Contender(FULL, "plain", full),
         Contender(PRODUCT, "", product),
