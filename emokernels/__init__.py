@@ -13,8 +13,10 @@ from ._version import __version__
 from .attention import AttentionOutput, attention
 from .backends import Backend, backends
 from .edits import edit_neurons
+from .flow import attention_flow
 from .fold import fold_gain
 from .heads import HeadEdits
+from .lens import LensOutput, TopTokens, logit_lens
 from .mlp import gated_activation
 from .neurons import NeuronEdits
 from .routes import Role, Routes
@@ -23,13 +25,17 @@ __all__ = [
     "AttentionOutput",
     "Backend",
     "HeadEdits",
+    "LensOutput",
     "NeuronEdits",
     "Role",
     "Routes",
+    "TopTokens",
     "__version__",
     "attention",
+    "attention_flow",
     "backends",
     "edit_neurons",
     "fold_gain",
     "gated_activation",
+    "logit_lens",
 ]

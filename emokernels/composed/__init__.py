@@ -19,7 +19,9 @@ from torch import Tensor
 from ..problem import Problem
 from . import host
 from .device import attend_on_device
+from .flow import measure_flow
 from .layout import row_bytes
+from .lens import measure_lens
 from .mlp import activate
 from .plain import is_plain, plain, plain_with_lse
 from .prepared import Step, StepMask, prepare_step
@@ -30,7 +32,18 @@ from .tables import inspect
 from .tiles import attend_tiled
 from .visible import visible_keys
 
-__all__ = ["Step", "StepMask", "activate", "attend", "attend_with_lse", "is_plain", "plain", "prepare_step"]
+__all__ = [
+    "Step",
+    "StepMask",
+    "activate",
+    "attend",
+    "attend_with_lse",
+    "is_plain",
+    "measure_flow",
+    "measure_lens",
+    "plain",
+    "prepare_step",
+]
 
 SMALL_SCORES = 1 << 18
 """Problems with fewer scores than this finish in one tile before a merge has made its calls."""
