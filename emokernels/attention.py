@@ -13,7 +13,7 @@ from .backends import resolve
 from .checks import check_attention
 from .composed.backward import attend_backward
 from .heads import HeadEdits, apply_head_edits
-from .ops import TENSORS, register_forward_only, register_recomputed, register_with_backward
+from .ops import register_forward_only, register_recomputed, register_with_backward
 from .problem import Problem, make_problem
 from .routes import Routes
 
@@ -225,4 +225,4 @@ def _callable_directly(problem: Problem) -> bool:
         return False
     if not torch.is_grad_enabled():
         return True
-    return not any(t is not None and t.requires_grad for t in problem[:TENSORS])
+    return not any(isinstance(t, Tensor) and t.requires_grad for t in problem)
