@@ -61,7 +61,7 @@ def test_lens(rows, vocabulary, dtype):
     torch.testing.assert_close(found.set_prob.double(), exact.set_prob, rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(found.top.log_prob.double(), exact.top.log_prob, rtol=1e-4, atol=1e-4)
     logits = hidden.double() @ unembed.double().T
-    chosen = torch.log_softmax(logits, -1).gather(-1, found.top.index)
+    chosen = torch.log_softmax(logits, -1).gather(-1, found.top.ids)
     torch.testing.assert_close(chosen, exact.top.log_prob, rtol=1e-4, atol=1e-4)
 
 

@@ -90,7 +90,7 @@ def test_an_unembedding_with_rows_far_apart(memory):
     found, same = (emo.logit_lens(hidden, one, token_sets=sets, top_k=3, backend="fused") for one in (unembed, near))
     assert torch.equal(found.entropy, same.entropy)
     assert torch.equal(found.set_prob, same.set_prob)
-    assert torch.equal(found.top.index, same.top.index)
+    assert torch.equal(found.top.ids, same.top.ids)
 
 
 def test_an_activation_with_rows_far_apart(memory):
