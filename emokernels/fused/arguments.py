@@ -45,7 +45,12 @@ def table_arguments(problem: Problem) -> tuple[dict[str, Any], dict[str, bool]]:
 
 def edit_arguments(heads: HeadEdits | None) -> tuple[dict[str, Any], dict[str, bool]]:
     """Head edits with their strides over batch rows and positions, and which there are."""
-    edits = heads if heads is not None else HeadEdits()
+    if heads is None:
+        return _NO_EDITS
+    return _edit_arguments(heads)
+
+
+def _edit_arguments(edits: HeadEdits) -> tuple[dict[str, Any], dict[str, bool]]:
     scale, chosen = dense_last(edits.scale, 1), dense_last(edits.mask, 1)
     shift, replace = dense_last(edits.shift, 2), dense_last(edits.replace, 2)
     arguments: dict[str, Any] = {
@@ -57,3 +62,6 @@ def edit_arguments(heads: HeadEdits | None) -> tuple[dict[str, Any], dict[str, b
         arguments[f"stride_{name}_n"] = shared_stride(value, 1)
     given = {"HEAD_SCALE": scale is not None, "HEAD_SHIFT": shift is not None, "HEAD_REPLACE": replace is not None}
     return arguments, given
+
+
+_NO_EDITS = _edit_arguments(HeadEdits())

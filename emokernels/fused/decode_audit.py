@@ -74,8 +74,8 @@ def _edits(problem: Problem, feature: _Feature) -> HeadEdits | None:
 
 
 def _decode(arch: str, dtype: torch.dtype, dim: int, share: int, feature: _Feature) -> list[Launch]:
-    problem = _problem(dtype, dim, share, feature, 2, 4096, 4096)
-    keys = Keys(problem.k, problem.v, 0, 4096, False)
+    problem = _problem(dtype, dim, share, feature, 1, 8192, 8192)
+    keys = Keys(problem.k, problem.v, 0, 8192, False)
     return launches_of(problem, [keys], _edits(problem, feature), feature.edits, arch)[0]
 
 
@@ -94,27 +94,30 @@ def _expects(launch: Launch, feature: _Feature) -> dict[str, Any]:
     return {"matrix": True, "wide": feature == _PLAIN}
 
 
+_ROWS = {
+    torch.bfloat16: ((8, 1), (16, 2), (8, 8), (256, 4)),
+    torch.float16: ((256, 4),),
+    torch.float32: ((8, 1), (256, 4)),
+}
+"""Batch rows and heads of a key head that share a prefix: every tile that there is."""
+
+
 def audit_launches(arch: str) -> Iterator[tuple[str, Launch, dict[str, Any]]]:
     """Every launch worth compiling for an architecture, on meta tensors; see `emokernels.audit.kernels.Expects`."""
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+    for dtype, rows in _ROWS.items():
         # float16 is nearly the code of bfloat16: one dimension shows that.
         for dim in (128,) if dtype == torch.float16 else (64, 128, 256):
             where = f"{str(dtype).removeprefix('torch.')} d={dim}"
-            special = (_ROUTED, _PER_ROW, _FOUR) if dim == 128 or dtype == torch.float32 else (_PER_ROW,)
+            special = (_ROUTED, _PER_ROW, _FOUR) if dim == 128 and dtype == torch.bfloat16 else (_PER_ROW,)
             for share in (1, 4, 8):
+                plain = f"decode {where} {share} heads {_PLAIN.name}"
                 for feature in (_PLAIN, _EVERYTHING, *(special if share == 8 else ())):
                     step, *merge = _decode(arch, dtype, dim, share, feature)
-                    name = f"decode {where} {share} heads {feature.name}"
-                    expects = _expects(step, feature)
-                    yield (
-                        name,
-                        step,
-                        expects if feature == _PLAIN else expects | {"plain": f"decode {where} {share} heads plain"},
-                    )
-                    if share == 1 and merge and dtype != torch.float32:
-                        yield f"merge {where} {feature.name}", merge[0], {"wide": True}
-            for batch, share in ((8, 1), (16, 2), (8, 8), (256, 4)):
+                    expects = _expects(step, feature) | ({} if feature == _PLAIN else {"plain": plain})
+                    yield f"decode {where} {share} heads {feature.name}", step, expects
+                    if share == 1 and dtype == torch.bfloat16:
+                        yield from ((f"merge {where} {feature.name}", launch, {}) for launch in merge)
+            for batch, share in rows:
                 for feature in (_PLAIN, _EVERYTHING):
-                    over_prefix = _prefix(arch, dtype, dim, share, batch, feature)[0]
-                    expects = _expects(over_prefix, feature)
-                    yield f"prefix {where} {batch * share} rows {feature.name}", over_prefix, expects
+                    launch = _prefix(arch, dtype, dim, share, batch, feature)[0]
+                    yield f"prefix {where} {batch * share} rows {feature.name}", launch, _expects(launch, feature)

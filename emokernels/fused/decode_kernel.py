@@ -249,6 +249,13 @@ def partial_kernel(
         tl.store(lse + at_lse, m + tl.log2(total), mask=valid)
 
 
+@triton.jit
+def _statistics(stat, s, splits, rows, row, skipped):
+    """The log-sum-exps of the slices `s` of a row, ``[S, 1]``; -inf where there are none, or none is wanted."""
+    wanted = (s < splits)[:, None] & ~skipped[None, :]
+    return tl.load(stat + s.to(tl.int64)[:, None] * rows + row[None, :], mask=wanted, other=float("-inf"))
+
+
 @triton.jit(do_not_specialize=["splits"])
 def merge_kernel(
     part, stat, z, lse, head_scale, head_shift, head_replace, head_mask,
@@ -269,28 +276,22 @@ def merge_kernel(
     replaced = i < 0
     if HEAD_REPLACE:
         replaced = tl.load(head_mask + batch * stride_chosen_b + i * stride_chosen_n + head) != 0
-    s = tl.arange(0, SPLITS)
-    wanted = (s < splits)[:, None]
-    if HEAD_REPLACE and not LSE:
-        wanted = wanted & ~replaced[None, :]
-    l = tl.load(stat + s[:, None] * rows + row[None, :], mask=wanted, other=float("-inf"))
-    m = tl.max(l, 0)
+    skipped = replaced if HEAD_REPLACE and not LSE else valid & False
+    every = _statistics(stat, tl.arange(0, SPLITS), splits, rows, row, skipped)
+    m = tl.max(every, 0)
     top = tl.where(m == float("-inf"), 0.0, m)
-    total = tl.sum(tl.exp2(l - top[None, :]), 0)
+    total = tl.sum(tl.exp2(every - top[None, :]), 0)
     total = tl.where(total > 0.0, total, 1.0)
     out = tl.zeros([1, DIM], tl.float32)
     for first in range(0, splits, BLOCK):
         s = first + tl.arange(0, BLOCK)
-        wanted = (s < splits)[:, None]
-        if HEAD_REPLACE and not LSE:
-            wanted = wanted & ~replaced[None, :]
-        at = s.to(tl.int64)[:, None] * rows + row[None, :]
-        l = tl.load(stat + at, mask=wanted, other=float("-inf"))
-        there = l > float("-inf")
+        some = _statistics(stat, s, splits, rows, row, skipped)
+        there = some > float("-inf")
         if not EVEN:
             there = there & (d < dim)[None, :]
+        at = s.to(tl.int64)[:, None] * rows + row[None, :]
         value = tl.load(part + at * dim + d[None, :], mask=there, other=0.0)
-        out += tl.sum(tl.exp2(l - top[None, :]) * value, 0)[None, :]
+        out += tl.sum(tl.exp2(some - top[None, :]) * value, 0)[None, :]
     out *= (1.0 / total)[:, None]
     out = edited(
         out, d, inside, valid, replaced, head_scale, head_shift, head_replace,

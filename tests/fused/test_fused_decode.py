@@ -1,5 +1,7 @@
 """Decode steps against the float64 oracle: slices of the keys, their merge, lengths on the device, packed heads."""
 
+import math
+
 import pytest
 import torch
 from decode_problems import (
@@ -90,7 +92,7 @@ def test_tables_and_roles_of_every_row(dtype):
     check(*step(dtype, n=3), routes, roles=random_roles(2, 44), query_roles=random_roles(1, 3, seed=5))
 
 
-@pytest.mark.parametrize("dim", [16, 24, 40, 64])
+@pytest.mark.parametrize("dim", [16, 24, 80, 256])
 def test_head_dimensions(dim):
     check(*step(dim=dim, keys=40), random_routes(), roles=random_roles(1, 40))
 
@@ -416,6 +418,23 @@ def test_slices_change_nothing_but_rounding(monkeypatch):
     for z, lse in found[1:]:
         torch.testing.assert_close(z, found[0][0], rtol=0, atol=3e-6)
         torch.testing.assert_close(lse, found[0][1], rtol=0, atol=3e-6)
+
+
+def test_many_slices_are_merged_in_blocks():
+    """More of them than the merge holds at a time; slices without keys hold anything, and so does a row of them."""
+    generator = torch.Generator().manual_seed(0)
+    part = torch.randn(40, 1, 2, 2, 256, generator=generator)
+    stat = 3 * torch.randn(40, 1, 2, 2, generator=generator)
+    stat[::3], stat[:, 0, 1, 1] = -torch.inf, -torch.inf
+    weight = torch.softmax(stat.double() * math.log(2), 0).nan_to_num()
+    z = (weight.unsqueeze(-1) * part.double()).sum(0)
+    lse = torch.logsumexp(stat.double() * math.log(2), 0)
+    part[stat == -torch.inf] = torch.nan
+    got = torch.empty(1, 2, 2, 256, device=DEVICE), torch.empty(1, 2, 2, device=DEVICE)
+    launch = decode.merge_launch(part.to(DEVICE), stat.to(DEVICE), None, *got)
+    assert launch.meta["BLOCK"] < 40
+    launch.run()
+    compare(got, (z, lse), 2e-6)
 
 
 @settings(max_examples=12, deadline=None)
