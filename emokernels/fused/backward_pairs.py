@@ -1,0 +1,122 @@
+"""What the kernels of the attention backward compute for a pair of a query and a key.
+
+Both orientations occur, rows along the first dimension of a tile or along the second, so everything that is kept per
+row or per key comes with the shape ``[M, 1]`` or ``[1, M]``. As in the forward, logits and what is subtracted from them
+are in units of log2.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .blocks import LOG2E, tanh
+
+
+@triton.jit
+def load_tile(start, rows, d, inside, stride, stride_d, dim, CHECKED: tl.constexpr, EVEN: tl.constexpr):
+    """Rows ``[M]`` of a matrix ``[?, dim]``, padded to the tile's width; `inside` says which exist."""
+    at = start + rows[:, None] * stride + d[None, :] * stride_d
+    if CHECKED:
+        tile = tl.load(at, mask=inside[:, None] if EVEN else inside[:, None] & (d < dim)[None, :], other=0.0)
+    elif EVEN:
+        tile = tl.load(at)
+    else:
+        tile = tl.load(at, mask=(d < dim)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def seen_pairs(
+    i, j, rows, columns, offset, window, mask, at_mask, stride_mask_n, stride_mask_k, lowest,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Which rows `i` see which keys `j`, bool, and the additive mask in units of log2, -inf where they do not see them.
+
+    Without an additive mask the latter is 0.0. `rows` and `columns` say which rows and keys count at all; `offset` is
+    the column of row 0 among the keys.
+    """
+    seen = rows & columns
+    added = 0.0
+    if CAUSAL:
+        seen = seen & (j <= i + offset)
+    if WINDOW:
+        seen = seen & (j > i + (offset - window))
+    if MASK != "none":
+        at = at_mask + i.to(tl.int64) * stride_mask_n + j.to(tl.int64) * stride_mask_k
+        if MASK == "bool":
+            seen = seen & (tl.load(mask + at, mask=seen, other=0) != 0)
+        else:
+            value = tl.load(mask + at, mask=seen, other=0.0).to(tl.float32)
+            added = tl.where(seen & (value > lowest), value * LOG2E, float("-inf"))
+    return seen, added
+
+
+@triton.jit
+def products(
+    a, b, start_a, rows_a, inside_a, stride_a, stride_a_d, start_b, rows_b, inside_b, stride_b, stride_b_d, dim,
+    CHECKED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, DIM: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """``a b^T`` of tiles ``[M, DIM]`` and ``[N, DIM]``, float32.
+
+    Whole tiles of float32 do not fit into registers in the form in which matrix instructions take them: there they are
+    read CHUNK columns at a time, from memory that is near after the first time, and `a` and `b` are not used.
+    """
+    if CHUNK == DIM:
+        total = tl.dot(a, tl.trans(b), input_precision=PRECISION)
+    else:
+        total = tl.zeros([M, N], tl.float32)
+        for begin in tl.static_range(0, DIM, CHUNK):
+            d = begin + tl.arange(0, CHUNK)
+            left = load_tile(start_a, rows_a, d, inside_a, stride_a, stride_a_d, dim, True, EVEN)
+            right = load_tile(start_b, rows_b, d, inside_b, stride_b, stride_b_d, dim, CHECKED, EVEN)
+            total = tl.dot(left, tl.trans(right), total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
+def capped(product, scale, cap, SOFTCAP: tl.constexpr):
+    """The logit before routes; one that is not capped is left without its scale."""
+    s = product
+    if SOFTCAP:
+        s = cap * tanh(product * (scale / cap))
+    return s
+
+
+@triton.jit
+def logits(s, factor, magnitude, shift, lift, FACTOR: tl.constexpr, MAGNITUDE: tl.constexpr):
+    """``lift a s + |lift| c |s| - shift``: the exponent of the weights. `lift` is what `s` lacks: scale, log2 e."""
+    if FACTOR:
+        x = s * (factor * lift) - shift
+    else:
+        x = s * lift - shift
+    if MAGNITUDE:
+        x += tl.abs(s) * (magnitude * tl.abs(lift))
+    return x
+
+
+@triton.jit
+def pulled(p, dot, turn, pull, TURN: tl.constexpr):
+    """``p (turn <dz, v> - pull)``: the gradient of a routed logit."""
+    if TURN:
+        dot *= turn
+    return p * (dot - pull)
+
+
+@triton.jit
+def through_logit(
+    ds, s, cap, factor, magnitude,
+    SOFTCAP: tl.constexpr, FACTOR: tl.constexpr, MAGNITUDE: tl.constexpr, NEGATIVE: tl.constexpr,
+):  # fmt: skip
+    """From the gradient of the routed logit to that of ``scale <q, k>``; |s| has no slope at 0."""
+    if MAGNITUDE:
+        # A logit that lacks its scale lacks the sign of it too.
+        steep = -magnitude if NEGATIVE and not SOFTCAP else magnitude
+        ds *= tl.where(s > 0.0, factor + steep, tl.where(s < 0.0, factor - steep, factor))
+    elif FACTOR:
+        ds *= factor
+    if SOFTCAP:
+        bent = s * (1.0 / cap)
+        ds *= 1.0 - bent * bent
+    return ds
