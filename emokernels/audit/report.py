@@ -51,8 +51,13 @@ def _row(record: Record) -> tuple[str, ...]:
         "" if extra is None else f"{extra['arithmetic']:+d}",
         "" if extra is None else f"{sum(extra.values()) - extra['arithmetic']:+d}",
         per_element,
-        "FAILS" if record.problems else record.expects.get("note", ""),
+        "FAILS" if record.problems else _note(record),
     )
+
+
+def _note(record: Record) -> str:
+    spills = record.expects.get("spills", "") if record.spills or record.stack else ""
+    return "; ".join(filter(None, (spills, record.expects.get("note"))))
 
 
 def text(records: Sequence[Record], broken: Sequence[str]) -> str:

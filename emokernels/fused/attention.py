@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 from torch import Tensor
@@ -11,27 +13,74 @@ from ..ops import empty_outputs
 from ..problem import Problem
 from . import decode
 from .forward import forward_kernel
-from .launch import Config, Launch, arch_of, padded_dim
+from .launch import Launch, arch_of, padded_dim
 from .prefix import attend as attend_prefix
 from .schedule import Schedule, mask_arguments, mask_kind, schedule_of
 
-# (architecture, bytes of an element): {padded head dimension: configuration}
-CONFIGS: dict[tuple[str, int], dict[int, Config]] = {
-    ("sm_80", 2): {64: Config(128, 64, 4, 3), 128: Config(128, 64, 8, 2), 256: Config(64, 32, 4, 2)},
-    ("sm_90", 2): {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 3), 256: Config(64, 64, 4, 2)},
-    ("sm_100", 2): {64: Config(128, 64, 4, 3), 128: Config(128, 64, 8, 3), 256: Config(64, 64, 8, 2)},
-    ("sm_80", 4): {64: Config(64, 32, 4, 2), 128: Config(64, 32, 4, 2), 256: Config(32, 16, 4, 1)},
-    ("sm_90", 4): {64: Config(64, 32, 4, 2), 128: Config(64, 32, 4, 2), 256: Config(32, 16, 4, 1)},
-    ("sm_100", 4): {64: Config(64, 32, 4, 2), 128: Config(64, 32, 4, 2), 256: Config(32, 16, 4, 1)},
+
+class Tiles(NamedTuple):
+    """How the forward kernel is cut: rows and keys of a tile, warps, and what overlaps what.
+
+    `num_stages` tiles of keys are under way in the main loop, `slow_stages` in that of the slow blocks. `room` is the
+    largest `_burden` that these tiles have registers for.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    slow_stages: int = 1
+    room: int = 99
+
+
+CONFIGS: dict[tuple[str, int], dict[int, tuple[Tiles, ...]]] = {
+    ("sm_80", 2): {
+        64: (Tiles(128, 64, 8, 3),),
+        128: (Tiles(128, 64, 8, 2, slow_stages=2, room=1), Tiles(128, 32, 8, 3)),
+        256: (Tiles(64, 32, 8, 2, room=5), Tiles(64, 16, 8, 2)),
+    },
+    ("sm_90", 2): {
+        64: (Tiles(128, 128, 8, 3, room=5), Tiles(128, 64, 8, 3)),
+        128: (Tiles(128, 64, 8, 3, slow_stages=2, room=3), Tiles(128, 64, 8, 3)),
+        256: (Tiles(128, 32, 8, 2, room=7), Tiles(64, 32, 8, 2)),
+    },
+    ("sm_100", 2): {
+        64: (Tiles(128, 128, 8, 3),),
+        128: (Tiles(128, 64, 8, 3, slow_stages=2, room=3), Tiles(128, 64, 8, 3)),
+        256: (Tiles(64, 32, 8, 2),),
+    },
+    ("sm_80", 4): {
+        64: (Tiles(32, 32, 4, 2, room=3), Tiles(32, 16, 4, 2)),
+        128: (Tiles(16, 32, 4, 2),),
+        256: (Tiles(16, 32, 8, 2),),
+    },
+    ("sm_90", 4): {
+        64: (Tiles(64, 32, 4, 2, room=7), Tiles(16, 32, 4, 2)),
+        128: (Tiles(16, 32, 4, 2),),
+        256: (Tiles(16, 32, 8, 2),),
+    },
+    ("sm_100", 4): {64: (Tiles(64, 32, 8, 2),), 128: (Tiles(16, 32, 4, 2),), 256: (Tiles(16, 32, 8, 2),)},
 }
+"""(architecture, bytes of an element): {padded head dimension: tiles, the first with room for a problem is taken}."""
 
 
-SLOW_STAGES = 2
+def _burden(problem: Problem, heads: HeadEdits | None) -> int:
+    """How much a problem needs registers for beside its tiles.
+
+    A bias counts twice (the shift of a row, and which rows it closes); an additive mask and vectors in head edits are
+    numbers for each element of a tile and outweigh everything else.
+    """
+    small = (problem.factor, problem.magnitude, problem.gain, problem.mask)
+    burden = 2 * (problem.bias is not None) + sum(t is not None for t in small) + (problem.softcap > 0)
+    vectors = heads is not None and (heads.shift is not None or heads.replace is not None)
+    return burden + 8 * (mask_kind(problem.mask) == "add" or vectors)
 
 
-def config_for(arch: str, element_size: int, dim: int) -> Config:
-    """The tile sizes for a padded head dimension; small ones use those of 64."""
-    return CONFIGS[arch, element_size][max(64, dim)]
+def tiles_for(problem: Problem, heads: HeadEdits | None, arch: str) -> Tiles:
+    """The tiles for a problem; small head dimensions use those of 64."""
+    offered = CONFIGS[arch, problem.q.element_size()][max(64, padded_dim(problem.q.shape[3]))]
+    burden = _burden(problem, heads)
+    return next(tiles for tiles in offered if burden <= tiles.room)
 
 
 def _stride(tensor: Tensor | None, dimension: int) -> int:
@@ -40,7 +89,7 @@ def _stride(tensor: Tensor | None, dimension: int) -> int:
 
 
 def forward_launch(
-    problem: Problem, z: Tensor, lse: Tensor | None, schedule: Schedule | None, config: Config, heads: HeadEdits | None
+    problem: Problem, z: Tensor, lse: Tensor | None, schedule: Schedule | None, tiles: Tiles, heads: HeadEdits | None
 ) -> Launch:
     """The launch that fills z ``[B, H, N, D]`` and lse ``[B, H, N]`` (unless None) of a problem."""
     q, k, v, mask = problem.q, problem.k, problem.v, problem.mask
@@ -89,13 +138,14 @@ def forward_launch(
         "SOFTCAP": problem.softcap > 0, "HEAD_SCALE": scale is not None, "HEAD_SHIFT": shift is not None,
         "HEAD_REPLACE": replace is not None, "LSE": lse is not None,
         "PRECISION": "tf32x3" if q.dtype == torch.float32 else "ieee", "NEGATIVE": problem.scale < 0,
-        "EVEN": padded_dim(dim) == dim, "SLOW_STAGES": SLOW_STAGES,
-        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "DIM": padded_dim(dim),
+        "EVEN": padded_dim(dim) == dim, "SLOW_STAGES": tiles.slow_stages,
+        "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "DIM": padded_dim(dim),
     }  # fmt: skip
-    grid = (triton.cdiv(n, config.block_m), query_heads, batch)
-    # The list of blocks is read one stage ahead of the keys.
-    stages = config.num_stages + (schedule is not None)
-    return Launch(forward_kernel, grid, args, meta, config.num_warps, stages)
+    grid = (triton.cdiv(n, tiles.block_m), query_heads, batch)
+    # With a list of blocks two loads follow each other, and Triton shares the stages out between them: so many of them
+    # keep as many tiles of keys under way as without one.
+    stages = tiles.num_stages if schedule is None else 2 * tiles.num_stages - 1
+    return Launch(forward_kernel, grid, args, meta, tiles.num_warps, stages)
 
 
 def _dense_last(value: Tensor | None, dimensions: int) -> Tensor | None:
@@ -131,7 +181,7 @@ def attend(
         return decode.attend(problem, heads, need_lse)
     problem = problem.fold_lengths()
     z, lse = empty_outputs(problem.q)
-    config = config_for(arch_of(problem.q), problem.q.element_size(), padded_dim(problem.q.shape[3]))
-    schedule = schedule_of(problem, config.block_m, config.block_n) if needs_schedule(problem) else None
-    forward_launch(problem, z, lse if need_lse else None, schedule, config, heads).run()
+    tiles = tiles_for(problem, heads, arch_of(problem.q))
+    schedule = schedule_of(problem, tiles.block_m, tiles.block_n) if needs_schedule(problem) else None
+    forward_launch(problem, z, lse if need_lse else None, schedule, tiles, heads).run()
     return z, lse if need_lse else None

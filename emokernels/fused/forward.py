@@ -22,6 +22,16 @@ from .blocks import LN2, LOG2E, members_of, partition, per_row, representative, 
 
 
 @triton.jit
+def _anew(tile, count, BLOCK_M: tl.constexpr):
+    """The rows of a tile, worked out again: `count` is not negative, which the compiler does not know.
+
+    What is computed from row numbers (pointers into tables, addresses of outputs) would otherwise be kept in registers
+    from its first use to its last, through loops that need every register.
+    """
+    return (tile + tl.minimum(count, 0)) * BLOCK_M + tl.arange(0, BLOCK_M)
+
+
+@triton.jit
 def _scores(
     query, k, first, offsets, d, j_ok, stride_k_n, stride_k_d, dim,
     CHECKED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
@@ -54,13 +64,23 @@ def _weighted(
 
 
 @triton.jit
+def _shaped(product, scale, cap, a, c, SOFTCAP: tl.constexpr, FACTOR: tl.constexpr, MAGNITUDE: tl.constexpr):
+    """`shaped` with a factor and a magnitude for each row, or plain numbers where there are none."""
+    if FACTOR:
+        a = a[:, None]
+    if MAGNITUDE:
+        c = c[:, None]
+    return shaped(product, scale, cap, a, c, SOFTCAP, FACTOR, MAGNITUDE)
+
+
+@triton.jit
 def _soften(
     product, m, total, scale, cap, a, c,
     SOFTCAP: tl.constexpr, FACTOR: tl.constexpr, MAGNITUDE: tl.constexpr,
 ):  # fmt: skip
     """One wholly visible block of one role in the online softmax: weights p, new maximum and sum, and the shrinkage."""
     if SOFTCAP or FACTOR or MAGNITUDE:
-        x = shaped(product, scale, cap, a[:, None], c[:, None], SOFTCAP, FACTOR, MAGNITUDE)
+        x = _shaped(product, scale, cap, a, c, SOFTCAP, FACTOR, MAGNITUDE)
         m_new = tl.maximum(m, tl.max(x, 1))
         p = tl.exp2(x - m_new[:, None])
     else:
@@ -68,6 +88,52 @@ def _soften(
         p = tl.exp2(product * (scale * LOG2E) - m_new[:, None])
     shrink = tl.exp2(m - m_new)
     return p, m_new, total * shrink + tl.sum(p, 1), shrink
+
+
+@triton.jit
+def _numbers(
+    bias, factor, magnitude, gain, query_roles, at_bias, at_factor, at_magnitude, at_gain, i, number, valid,
+    BIAS: tl.constexpr, FACTOR: tl.constexpr, MAGNITUDE: tl.constexpr, GAIN: tl.constexpr,
+):  # fmt: skip
+    """Bias (in log2), factor, magnitude and gain of every row towards the roles of a set, ``[M]`` each."""
+    b, a, c, g = 0.0, 1.0, 0.0, 1.0
+    dst = tl.load(query_roles + i, mask=valid, other=0).to(tl.int32)
+    source = representative(number)
+    if BIAS:
+        b = per_row(bias, at_bias, dst, source, 0.0, valid) * LOG2E
+    if FACTOR:
+        a = per_row(factor, at_factor, dst, source, 1.0, valid)
+    if MAGNITUDE:
+        c = per_row(magnitude, at_magnitude, dst, source, 0.0, valid)
+    if GAIN:
+        g = per_row(gain, at_gain, dst, source, 1.0, valid)
+    return b, a, c, g
+
+
+@triton.jit
+def _fit(gain):
+    """Where a gain can be a unit to sum in: not 0, nor so small or large that earlier sums would drown."""
+    return (tl.abs(gain) > 1e-6) & (tl.abs(gain) < 1e6)
+
+
+@triton.jit
+def _lists(start, quick_stop, slow_stop, b, g, valid, BIAS: tl.constexpr, GAIN: tl.constexpr):
+    """How to go through the lists of a set: ends of the quick blocks, of the mute ones, start and end of the slow."""
+    slow_start, mute_stop = quick_stop, start
+    if BIAS:
+        # A route that is knocked out for every row is not there; one for some rows is a mask.
+        open_rows = tl.sum((valid & (b > float("-inf"))).to(tl.int32), 0)
+        closed = open_rows < tl.sum(valid.to(tl.int32), 0)
+        slow_start = tl.where(closed, start, slow_start)
+        quick_stop = tl.where(closed, start, quick_stop)
+        slow_stop = tl.where(open_rows == 0, slow_start, slow_stop)
+    if GAIN:
+        silent = tl.max(tl.where(valid, tl.abs(g), 0.0), 0) == 0.0
+        unfit = tl.min(_fit(g).to(tl.int32), 0) == 0
+        mute_stop = tl.where(silent, quick_stop, start)
+        slow_start = tl.where(unfit & (silent == 0), start, slow_start)
+        quick_stop = tl.where(unfit, start, quick_stop)
+    return quick_stop, mute_stop, slow_start, slow_stop
 
 
 @triton.jit
@@ -107,8 +173,6 @@ def forward_kernel(
     v += batch * stride_v_b + (head // share) * stride_v_h
     at_mask = batch * stride_mask_b + head * stride_mask_h
 
-    zeros = tl.zeros([BLOCK_M], tl.float32)
-    ones = tl.full([BLOCK_M], 1.0, tl.float32)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, DIM], tl.float32)
@@ -133,83 +197,60 @@ def forward_kernel(
         full_begin = tl.minimum(full_begin, end)
         full_end = tl.maximum(full_end, full_begin)
 
-    replaced = tl.zeros([BLOCK_M], tl.int1)
-    if HEAD_REPLACE:
-        chosen = head_mask + batch * stride_chosen_b + i.to(tl.int64) * stride_chosen_n + head
-        replaced = tl.load(chosen, mask=valid, other=1) != 0
-
-    dst = tl.zeros([BLOCK_M], tl.int32)
     at_bias, at_factor, at_magnitude, at_gain = batch, batch, batch, batch
     only = 0
     if ROUTED:
-        dst = tl.load(query_roles + batch * stride_query_b + i, mask=valid, other=0).to(tl.int32)
+        query_roles += batch * stride_query_b
         roles += batch * stride_role_b
         at_bias = batch * stride_bias_b + head * 36
         at_factor = batch * stride_factor_b + head * 36
         at_magnitude = batch * stride_magnitude_b + head * 36
         at_gain = batch * stride_gain_b + head * 36
+        dst = tl.load(query_roles + i, mask=valid, other=0).to(tl.int32)
         segments, only = partition(
             bias, factor, magnitude, gain, at_bias, at_factor, at_magnitude, at_gain, dst, valid,
             BIAS, FACTOR, MAGNITUDE, GAIN,
         )  # fmt: skip
     if HEAD_REPLACE and not LSE:
-        segments = tl.where(tl.min(replaced.to(tl.int32), 0) == 1, 0, segments)
+        chosen = head_mask + batch * stride_chosen_b + i.to(tl.int64) * stride_chosen_n + head
+        replaced = tl.load(chosen, mask=valid, other=1)
+        segments = tl.where(tl.min(tl.where(replaced != 0, 1, 0), 0) == 1, 0, segments)
 
+    # All blocks of one role of every set, then the others: what the second loop needs is not there in the first.
     for segment in range(segments):
-        # b, a, c, g: bias (in log2), factor, magnitude and gain of every row towards the roles of this set.
-        b, a, c, g = zeros, ones, zeros, ones
-        members = 63
-        rows, kept = valid, ones
+        b, a, c, g = 0.0, 1.0, 0.0, 1.0
         if SCHEDULED:
             number = 0
             if ROUTED:
                 number = set_of(segment, segments, only)
-                members = members_of(number)
-                source = representative(number)
-                if BIAS:
-                    b = per_row(bias, at_bias, dst, source, 0.0, valid) * LOG2E
-                    rows = rows & (b > float("-inf"))
-                if FACTOR:
-                    a = per_row(factor, at_factor, dst, source, 1.0, valid)
-                if MAGNITUDE:
-                    c = per_row(magnitude, at_magnitude, dst, source, 0.0, valid)
-                if GAIN:
-                    g = per_row(gain, at_gain, dst, source, 1.0, valid)
             start = tl.where(number == 0, 0, tl.load(ends + tl.maximum(2 * number - 1, 0)))
             quick_stop = tl.load(ends + 2 * number)
-            slow_start, slow_stop = quick_stop, tl.load(ends + 2 * number + 1)
             mute_stop = start
-            if BIAS:
-                # A route that is knocked out for every row is not there; one for some rows is a mask.
-                b = tl.where(rows, b, 0.0)
-                open_rows = tl.sum(rows.to(tl.int32), 0)
-                closed = open_rows < tl.sum(valid.to(tl.int32), 0)
-                slow_start = tl.where(closed, start, slow_start)
-                quick_stop = tl.where(closed, start, quick_stop)
-                slow_stop = tl.where(open_rows == 0, slow_start, slow_stop)
-            if GAIN:
-                # A gain of 0 (or one so small or large that what was summed before would drown) cannot be a unit.
-                silent = tl.max(tl.where(valid, tl.abs(g), 0.0), 0) == 0.0
-                fit = (tl.abs(g) > 1e-6) & (tl.abs(g) < 1e6)
-                kept = tl.where(fit, ones, g)
-                g = tl.where(fit, g, ones)
-                unfit = tl.min(fit.to(tl.int32), 0) == 0
-                mute_stop = tl.where(silent, quick_stop, start)
-                slow_start = tl.where(unfit & (silent == 0), start, slow_start)
-                quick_stop = tl.where(unfit, start, quick_stop)
+            if ROUTED:
+                again = _anew(tile, quick_stop, BLOCK_M)
+                b, a, c, g = _numbers(
+                    bias, factor, magnitude, gain, query_roles, at_bias, at_factor, at_magnitude, at_gain,
+                    again, number, again < n, BIAS, FACTOR, MAGNITUDE, GAIN,
+                )  # fmt: skip
+                quick_stop, mute_stop, _, _ = _lists(start, quick_stop, quick_stop, b, g, again < n, BIAS, GAIN)
         else:
             start, quick_stop, mute_stop = full_begin, full_end, full_begin
-            slow_start, slow_stop = 0, full_begin - begin + tl.maximum(end - full_end, 0)
-
-        busy = slow_stop > start
         if BIAS:
             # One bias on every logit of a row is a shift of its maximum.
-            b = tl.where(busy, b, 0.0)
+            b = tl.where((tl.maximum(quick_stop, mute_stop) > start) & (b > float("-inf")), b, 0.0)
             m -= b
         if GAIN:
+            # Blocks whose values count for nothing are not read.
+            before = m
+            for t in tl.range(start, mute_stop, num_stages=1, disable_licm=True):
+                first = tl.load(order + t) * BLOCK_N
+                product = _scores(
+                    query, k, first, offsets, d, valid, stride_k_n, stride_k_d, dim, False, EVEN, PRECISION
+                )  # fmt: skip
+                p, m, total, shrink = _soften(product, m, total, scale, cap, a, c, SOFTCAP, FACTOR, MAGNITUDE)
             # One gain on every weight of a row is the unit in which its output is summed.
-            g = tl.where(busy, g, unit)
-            acc *= (unit / g)[:, None]
+            g = tl.where(quick_stop > start, g, unit)
+            acc *= (unit / g * tl.where(before == m, 1.0, tl.exp2(before - m)))[:, None]
             unit = g
         for t in range(start, quick_stop):
             first = (tl.load(order + t) if SCHEDULED else t) * BLOCK_N
@@ -221,16 +262,44 @@ def forward_kernel(
                 p, acc * shrink[:, None], v, first, offsets, d, valid, stride_v_n, stride_v_d, dim,
                 False, EVEN, PRECISION,
             )  # fmt: skip
-        if GAIN:
-            before = m
-            for t in tl.range(start, mute_stop, num_stages=2):
-                first = tl.load(order + t) * BLOCK_N
-                product = _scores(
-                    query, k, first, offsets, d, valid, stride_k_n, stride_k_d, dim, False, EVEN, PRECISION
+        if BIAS:
+            m += b
+
+    i = _anew(tile, length, BLOCK_M)
+    valid = i < n
+    position = i + (keys - n)
+    for segment in range(segments):
+        b, a, c, g = 0.0, 1.0, 0.0, 1.0
+        members = 63
+        rows = valid
+        if SCHEDULED:
+            number = 0
+            if ROUTED:
+                number = set_of(segment, segments, only)
+                members = members_of(number)
+            slow_start = tl.load(ends + 2 * number)
+            slow_stop = tl.load(ends + 2 * number + 1)
+            if ROUTED:
+                start = tl.where(number == 0, 0, tl.load(ends + tl.maximum(2 * number - 1, 0)))
+                again = _anew(tile, slow_stop, BLOCK_M)
+                b, a, c, g = _numbers(
+                    bias, factor, magnitude, gain, query_roles, at_bias, at_factor, at_magnitude, at_gain,
+                    again, number, again < n, BIAS, FACTOR, MAGNITUDE, GAIN,
                 )  # fmt: skip
-                p, m, total, shrink = _soften(product, m, total, scale, cap, a, c, SOFTCAP, FACTOR, MAGNITUDE)
-            acc *= tl.where(before == m, ones, tl.exp2(before - m))[:, None]
-        for t in tl.range(slow_start, slow_stop, num_stages=SLOW_STAGES):
+                _, _, slow_start, slow_stop = _lists(start, slow_start, slow_stop, b, g, valid, BIAS, GAIN)
+        else:
+            slow_start, slow_stop = 0, full_begin - begin + tl.maximum(end - full_end, 0)
+        if BIAS:
+            rows = rows & (b > float("-inf"))
+            b = tl.where((slow_stop > slow_start) & rows, b, 0.0)
+            m -= b
+        if GAIN:
+            fit = _fit(g)
+            kept = tl.where(fit, 1.0, g)
+            g = tl.where(slow_stop > slow_start, tl.where(fit, g, 1.0), unit)
+            acc *= (unit / g)[:, None]
+            unit = g
+        for t in tl.range(slow_start, slow_stop, num_stages=SLOW_STAGES, disable_licm=True):
             if SCHEDULED:
                 first = tl.load(order + t) * BLOCK_N
             else:
@@ -245,7 +314,7 @@ def forward_kernel(
                 i, j, rows, columns, position, window, mask, at_mask, stride_mask_n, stride_mask_k, lowest,
                 MASK, CAUSAL, WINDOW,
             )  # fmt: skip
-            x = shaped(product, scale, cap, a[:, None], c[:, None], SOFTCAP, FACTOR, MAGNITUDE)
+            x = _shaped(product, scale, cap, a, c, SOFTCAP, FACTOR, MAGNITUDE)
             x = tl.where(seen, x + added, float("-inf"))
             m_new = tl.maximum(m, tl.max(x, 1))
             top = tl.where(m_new == float("-inf"), 0.0, m_new)
@@ -262,11 +331,15 @@ def forward_kernel(
         if BIAS:
             m += b
 
+    i = _anew(tile, keys, BLOCK_M)
+    valid = i < n
+    inside = valid[:, None] if EVEN else valid[:, None] & (d < dim)[None, :]
     at_z = batch * stride_z_b + head * stride_z_h + i.to(tl.int64)[:, None] * stride_z_n + d[None, :]
     at_row = i.to(tl.int64)
+    share_of_one = tl.where(total > 0.0, 1.0 / total, 0.0)
     if GAIN:
-        acc *= unit[:, None]
-    out = acc * tl.where(total > 0.0, 1.0 / total, 0.0)[:, None]
+        share_of_one *= unit
+    out = acc * share_of_one[:, None]
     if HEAD_SCALE:
         factor_of_head = head_scale + batch * stride_scale_b + at_row * stride_scale_n + head
         out *= tl.load(factor_of_head, mask=valid, other=1.0).to(tl.float32)[:, None]
@@ -274,6 +347,8 @@ def forward_kernel(
         shift = head_shift + batch * stride_shift_b + head * dim + at_row[:, None] * stride_shift_n + d[None, :]
         out += tl.load(shift, mask=inside, other=0.0).to(tl.float32)
     if HEAD_REPLACE:
+        chosen = head_mask + batch * stride_chosen_b + at_row * stride_chosen_n + head
+        replaced = tl.load(chosen, mask=valid, other=0) != 0
         value = head_replace + batch * stride_replace_b + head * dim + at_row[:, None] * stride_replace_n + d[None, :]
         new = tl.load(value, mask=inside & replaced[:, None], other=0.0).to(tl.float32)
         out = tl.where(replaced[:, None], new, out)

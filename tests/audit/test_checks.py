@@ -25,12 +25,12 @@ def routed(arithmetic=0, logic=0, memory=0, other=0, **fields):
 @pytest.mark.parametrize(
     ("more", "fails"),
     [
-        ({"other": 40, "logic": 3, "memory": 2}, False),
+        ({"other": 40, "logic": 20, "memory": 4}, False),  # per pass
         ({"arithmetic": 4}, False),  # per row
         ({"arithmetic": 32}, True),
         ({"arithmetic": 16}, True),  # two elements at a time
         ({"logic": 32}, True),
-        ({"memory": 32}, True),
+        ({"memory": 9}, True),  # 16 bytes at a time
     ],
 )
 def test_work_per_element_fails(more, fails):

@@ -14,7 +14,6 @@ import emokernels as emo
 from emokernels.attention import make_problem, run
 from emokernels.fused import attention as fused
 from emokernels.fused import schedule
-from emokernels.fused.launch import Config
 
 FIELDS = [("bias",), ("scale",), ("abs",), ("gain",), ("bias", "gain"), ("bias", "scale", "abs", "gain")]
 PROMPT = [1] * 5 + [2] * 45 + [3] * 25 + [4] + [5] * 4
@@ -24,7 +23,7 @@ PROMPT = [1] * 5 + [2] * 45 + [3] * 25 + [4] + [5] * 4
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Tiles so small that a short prompt has every kind of block."""
-    table = {key: {dim: Config(16, 16, 4, 2) for dim in (64, 128, 256)} for key in fused.CONFIGS}
+    table = {key: {dim: (fused.Tiles(16, 16, 4, 2),) for dim in (64, 128, 256)} for key in fused.CONFIGS}
     monkeypatch.setattr(fused, "CONFIGS", table)
     monkeypatch.setattr(fused.decode, "suits", lambda problem: False)
 
