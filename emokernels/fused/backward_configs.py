@@ -17,16 +17,16 @@ Choice = tuple[Config, Config]
 QUERIES: dict[tuple[str, int], dict[int, Choice]] = {
     ("sm_80", 2): {
         64: (Config(128, 32, 8, 2), Config(128, 32, 8, 2)),
-        128: (Config(64, 64, 8, 2), Config(32, 64, 4, 2)),
-        256: (Config(32, 32, 8, 1), Config(32, 16, 4, 1)),
+        128: (Config(128, 32, 8, 2), Config(32, 64, 4, 2)),
+        256: (Config(64, 32, 8, 2), Config(32, 16, 4, 1)),
     },
     ("sm_90", 2): {
         64: (Config(128, 64, 8, 2), Config(128, 32, 8, 2)),
-        128: (Config(128, 64, 8, 2), Config(64, 32, 8, 2)),
+        128: (Config(128, 64, 8, 2), Config(128, 32, 8, 2)),
         256: (Config(128, 32, 8, 2), Config(128, 16, 8, 2)),
     },
     ("sm_100", 2): {
-        64: (Config(128, 64, 8, 2), Config(128, 32, 8, 2)),
+        64: (Config(128, 32, 8, 2), Config(128, 32, 8, 2)),
         128: (Config(128, 64, 8, 2), Config(128, 32, 8, 2)),
         256: (Config(128, 32, 8, 1), Config(128, 16, 8, 1)),
     },
@@ -48,8 +48,8 @@ QUERIES: dict[tuple[str, int], dict[int, Choice]] = {
 }
 KEYS: dict[tuple[str, int], dict[int, Choice]] = {
     ("sm_80", 2): {
-        64: (Config(32, 128, 8, 2), Config(32, 64, 8, 2)),
-        128: (Config(64, 64, 8, 2), Config(32, 64, 8, 2)),
+        64: (Config(32, 128, 8, 2), Config(32, 128, 8, 2)),
+        128: (Config(64, 64, 8, 2), Config(64, 64, 8, 2)),
         256: (Config(64, 64, 8, 1), Config(32, 64, 8, 1)),
     },
     ("sm_90", 2): {

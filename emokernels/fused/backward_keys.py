@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..problem import Problem
-from .backward_pairs import capped, load_tile, logits, products, pulled, seen_pairs, through_logit
+from .backward_pairs import capped, load_tile, logits, products, pulled, seen_pairs, through_logit, unscaled
 from .backward_rows import Rows, arguments_of, ordinary, stages_of
 from .blocks import LOG2E, members_of, partition, per_row, representative, set_of
 from .launch import Config, Launch
@@ -30,11 +30,11 @@ def _either(a, b):
 
 @triton.jit
 def _tile(
-    key, value, query, slope, acc_k, acc_v, seen, added, shift, pull, turn, kept, flat, bent, scale, cap,
+    key, value, query, slope, acc_k, acc_v, seen, added, shift, pull, turn, kept, steep, kink, scale, cap,
     k, v, stride_k_n, stride_k_d, stride_v_n, stride_v_d, j, columns,
     q, grad_z, stride_q_n, stride_q_d, stride_dz_n, stride_dz_d, i, rows, dim,
     CHECKED: tl.constexpr, ADDED: tl.constexpr, TURN: tl.constexpr, KEPT: tl.constexpr, FOLD: tl.constexpr,
-    FACTOR: tl.constexpr, MAGNITUDE: tl.constexpr, SOFTCAP: tl.constexpr, NEGATIVE: tl.constexpr,
+    FACTOR: tl.constexpr, MAGNITUDE: tl.constexpr, SOFTCAP: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DIM: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -44,8 +44,7 @@ def _tile(
         CHECKED, EVEN, PRECISION, BLOCK_N, BLOCK_M, DIM, CHUNK,
     )  # fmt: skip
     s = capped(product, scale, cap, SOFTCAP)
-    lift = LOG2E if SOFTCAP else scale * LOG2E
-    x = logits(s, flat[None, :], bent[None, :], shift[None, :], lift, FACTOR, MAGNITUDE)
+    x = logits(s, steep[None, :] if FACTOR else steep, kink[None, :], shift[None, :], MAGNITUDE)
     if ADDED:
         x += added
     p = tl.exp2(x)
@@ -61,7 +60,7 @@ def _tile(
         )  # fmt: skip
         ds = pulled(p, dot, turn[None, :], pull[None, :], TURN)
         ds = through_logit(
-            ds, s, cap, flat[None, :], bent[None, :], SOFTCAP, FACTOR and not FOLD, MAGNITUDE, NEGATIVE
+            ds, s, cap, steep[None, :] if FACTOR else steep, kink[None, :], SOFTCAP, FACTOR and not FOLD, MAGNITUDE
         )  # fmt: skip
         acc_k = tl.dot(ds.to(query.dtype), query, acc_k, input_precision=PRECISION)
     return acc_k, acc_v
@@ -69,7 +68,7 @@ def _tile(
 
 @triton.jit(do_not_specialize=["n", "keys", "length", "window"])
 def keys_kernel(
-    q, k, v, grad_z, lse2, delta, shift, pull, kept, factors, magnitudes, dk, dv, order, ends, roles,
+    q, k, v, grad_z, lse2, delta, shift, pull, kept, steep, kink, dk, dv, order, ends, roles,
     bias, factor, magnitude, gain, mask,
     stride_q_b, stride_q_h, stride_q_n, stride_q_d, stride_k_b, stride_k_h, stride_k_n, stride_k_d,
     stride_v_b, stride_v_h, stride_v_n, stride_v_d, stride_dz_b, stride_dz_h, stride_dz_n, stride_dz_d,
@@ -80,11 +79,12 @@ def keys_kernel(
     SCHEDULED: tl.constexpr, ROUTED: tl.constexpr, BIAS: tl.constexpr, FACTOR: tl.constexpr, MAGNITUDE: tl.constexpr,
     GAIN: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr,
-    PRECISION: tl.constexpr, NEGATIVE: tl.constexpr, EVEN: tl.constexpr, SLOW_STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, EVEN: tl.constexpr, SLOW_STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DIM: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """One block of keys of one key head; the grid is (blocks, key heads, batch rows)."""
     FOLD: tl.constexpr = FACTOR and not MAGNITUDE
+    lift = LOG2E if SOFTCAP else scale * LOG2E
     # The first keys of a causal problem have the most rows: they start first, as blocks are numbered.
     block = tl.program_id(0)
     key_head = tl.program_id(1).to(tl.int64)
@@ -195,14 +195,14 @@ def keys_kernel(
                     query = load_tile(query_head, row, d, ones, stride_q_n, stride_q_d, dim, False, EVEN)
                 if CHUNK == DIM or DV:
                     slope = load_tile(slope_head, row, d, ones, stride_dz_n, stride_dz_d, dim, False, EVEN)
-                flat = tl.load(factors + at_role + i) if FACTOR else ones
-                bent = tl.load(magnitudes + at_role + i) if MAGNITUDE else zeros
+                rise = tl.load(steep + at_role + i) if FACTOR else lift
+                bend = tl.load(kink + at_role + i) if MAGNITUDE else zeros
                 acc_k, acc_v = _tile(
                     key, value, query, slope, acc_k, acc_v, True, 0.0,
-                    tl.load(at_shift + i), tl.load(at_pull + i), flat, ones, flat, bent, scale, cap,
+                    tl.load(at_shift + i), tl.load(at_pull + i), rise if FOLD else ones, ones, rise, bend, scale, cap,
                     k, v, stride_k_n, stride_k_d, stride_v_n, stride_v_d, near, columns,
                     query_head, slope_head, stride_q_n, stride_q_d, stride_dz_n, stride_dz_d, row, ones, dim,
-                    False, False, FOLD, False, FOLD, FACTOR, MAGNITUDE, SOFTCAP, NEGATIVE, DK, DV, EVEN, PRECISION,
+                    False, False, FOLD, False, FOLD, FACTOR, MAGNITUDE, SOFTCAP, DK, DV, EVEN, PRECISION,
                     BLOCK_M, BLOCK_N, DIM, CHUNK,
                 )  # fmt: skip
             for t in tl.range(slow_start, slow_stop, num_stages=SLOW_STAGES, disable_licm=True):
@@ -222,8 +222,8 @@ def keys_kernel(
                     query = load_tile(query_head, row, d, rows, stride_q_n, stride_q_d, dim, True, EVEN)
                 if CHUNK == DIM or DV:
                     slope = load_tile(slope_head, row, d, rows, stride_dz_n, stride_dz_d, dim, True, EVEN)
-                flat = tl.load(factors + at_role + i) if FACTOR else ones
-                bent = tl.load(magnitudes + at_role + i) if MAGNITUDE else zeros
+                rise = tl.load(steep + at_role + i) if FACTOR else lift
+                bend = tl.load(kink + at_role + i) if MAGNITUDE else zeros
                 weight = tl.load(kept + at_role + i) if GAIN else ones
                 seen, added = seen_pairs(
                     i[None, :], j[:, None], rows[None, :], mine[:, None], keys - n, window, mask, at_mask,
@@ -231,11 +231,11 @@ def keys_kernel(
                 )  # fmt: skip
                 acc_k, acc_v = _tile(
                     key, value, query, slope, acc_k, acc_v, seen, added,
-                    tl.load(at_shift + i), tl.load(at_pull + i), weight * flat if FOLD else weight, weight,
-                    flat, bent, scale, cap,
+                    tl.load(at_shift + i), tl.load(at_pull + i), weight * rise if FOLD else weight, weight,
+                    rise, bend, scale, cap,
                     k, v, stride_k_n, stride_k_d, stride_v_n, stride_v_d, near, columns,
                     query_head, slope_head, stride_q_n, stride_q_d, stride_dz_n, stride_dz_d, row, rows, dim,
-                    True, MASK == "add", GAIN or FOLD, GAIN, FOLD, FACTOR, MAGNITUDE, SOFTCAP, NEGATIVE, DK, DV,
+                    True, MASK == "add", GAIN or FOLD, GAIN, FOLD, FACTOR, MAGNITUDE, SOFTCAP, DK, DV,
                     EVEN, PRECISION, BLOCK_M, BLOCK_N, DIM, CHUNK,
                 )  # fmt: skip
 
@@ -248,7 +248,7 @@ def keys_kernel(
     if not EVEN:
         inside = inside & (d < dim)[None, :]
     if DK:
-        acc_k *= scale
+        acc_k *= unscaled(scale, SOFTCAP, FACTOR or MAGNITUDE)
         tl.store(dk + base + at, acc_k.to(dk.dtype.element_ty), mask=inside)
     if DV:
         tl.store(dv + base + at, acc_v.to(dv.dtype.element_ty), mask=inside)

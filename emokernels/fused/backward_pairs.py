@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .blocks import LOG2E, tanh
+from .blocks import LN2, LOG2E, tanh
 
 
 @triton.jit
@@ -85,14 +85,14 @@ def capped(product, scale, cap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def logits(s, factor, magnitude, shift, lift, FACTOR: tl.constexpr, MAGNITUDE: tl.constexpr):
-    """``lift a s + |lift| c |s| - shift``: the exponent of the weights. `lift` is what `s` lacks: scale, log2 e."""
-    if FACTOR:
-        x = s * (factor * lift) - shift
-    else:
-        x = s * lift - shift
+def logits(s, steep, kink, shift, MAGNITUDE: tl.constexpr):
+    """``steep s + kink |s| - shift``: the exponent of the weights.
+
+    `steep` is the factor a and `kink` the magnitude c, in units of log2 and of the scale that `s` may lack.
+    """
+    x = s * steep - shift
     if MAGNITUDE:
-        x += tl.abs(s) * (magnitude * tl.abs(lift))
+        x += tl.abs(s) * kink
     return x
 
 
@@ -106,17 +106,23 @@ def pulled(p, dot, turn, pull, TURN: tl.constexpr):
 
 @triton.jit
 def through_logit(
-    ds, s, cap, factor, magnitude,
-    SOFTCAP: tl.constexpr, FACTOR: tl.constexpr, MAGNITUDE: tl.constexpr, NEGATIVE: tl.constexpr,
+    ds, s, cap, steep, kink, SOFTCAP: tl.constexpr, FACTOR: tl.constexpr, MAGNITUDE: tl.constexpr
 ):  # fmt: skip
-    """From the gradient of the routed logit to that of ``scale <q, k>``; |s| has no slope at 0."""
+    """From the gradient of the routed logit to that of ``scale <q, k>``, up to `unscaled`; |s| has no slope at 0."""
     if MAGNITUDE:
-        # A logit that lacks its scale lacks the sign of it too.
-        steep = -magnitude if NEGATIVE and not SOFTCAP else magnitude
-        ds *= tl.where(s > 0.0, factor + steep, tl.where(s < 0.0, factor - steep, factor))
+        ds *= tl.where(s > 0.0, steep + kink, tl.where(s < 0.0, steep - kink, steep))
     elif FACTOR:
-        ds *= factor
+        ds *= steep
     if SOFTCAP:
         bent = s * (1.0 / cap)
         ds *= 1.0 - bent * bent
     return ds
+
+
+@triton.jit
+def unscaled(scale, SOFTCAP: tl.constexpr, ROUTED: tl.constexpr):
+    """What is left between the sums of `through_logit` and gradients of ``<q, k>``; `ROUTED`: by `steep` or `kink`."""
+    left = scale
+    if ROUTED:
+        left = scale * LN2 if SOFTCAP else LN2
+    return left

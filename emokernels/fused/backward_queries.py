@@ -20,7 +20,7 @@ from torch import Tensor
 from ..problem import Problem
 from ..routes import ROLES
 from .arguments import dense_last, shared_stride
-from .backward_pairs import capped, load_tile, logits, products, pulled, seen_pairs, through_logit
+from .backward_pairs import capped, load_tile, logits, products, pulled, seen_pairs, through_logit, unscaled
 from .backward_rows import Rows, arguments_of, stages_of
 from .blocks import LOG2E, members_of, partition, per_row, representative, set_of
 from .launch import Config, Launch
@@ -32,16 +32,15 @@ SLOW_STAGES = 1
 @triton.jit
 def _block(
     product, dot, key, acc, sum_bias, sum_factor, sum_magnitude, sum_gain,
-    seen, added, shift, pull, turn, flat, bent, scale, cap,
+    seen, added, shift, pull, turn, steep, kink, scale, cap,
     CHECKED: tl.constexpr, ADDED: tl.constexpr, TURN: tl.constexpr, FOLD: tl.constexpr,
-    FACTOR: tl.constexpr, MAGNITUDE: tl.constexpr, SOFTCAP: tl.constexpr, NEGATIVE: tl.constexpr,
+    FACTOR: tl.constexpr, MAGNITUDE: tl.constexpr, SOFTCAP: tl.constexpr,
     DQ: tl.constexpr, DBIAS: tl.constexpr, DFACTOR: tl.constexpr, DMAGNITUDE: tl.constexpr, DGAIN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of keys of one set: its part of the rows' dq and of their sums for the tables."""
     s = capped(product, scale, cap, SOFTCAP)
-    lift = LOG2E if SOFTCAP else scale * LOG2E
-    x = logits(s, flat[:, None], bent[:, None], shift[:, None], lift, FACTOR, MAGNITUDE)
+    x = logits(s, steep[:, None] if FACTOR else steep, kink[:, None], shift[:, None], MAGNITUDE)
     if ADDED:
         x += added
     p = tl.exp2(x)
@@ -58,7 +57,7 @@ def _block(
         sum_gain += tl.sum(p * dot, 1)
     if DQ:
         ds = through_logit(
-            ds, s, cap, flat[:, None], bent[:, None], SOFTCAP, FACTOR and not FOLD, MAGNITUDE, NEGATIVE
+            ds, s, cap, steep[:, None] if FACTOR else steep, kink[:, None], SOFTCAP, FACTOR and not FOLD, MAGNITUDE
         )  # fmt: skip
         acc = tl.dot(ds.to(key.dtype), key, acc, input_precision=PRECISION)
     return acc, sum_bias, sum_factor, sum_magnitude, sum_gain
@@ -85,7 +84,7 @@ def queries_kernel(
     SCHEDULED: tl.constexpr, ROUTED: tl.constexpr, BIAS: tl.constexpr, FACTOR: tl.constexpr, MAGNITUDE: tl.constexpr,
     GAIN: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     DQ: tl.constexpr, DBIAS: tl.constexpr, DFACTOR: tl.constexpr, DMAGNITUDE: tl.constexpr, DGAIN: tl.constexpr,
-    PRECISION: tl.constexpr, NEGATIVE: tl.constexpr, EVEN: tl.constexpr, SLOW_STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, EVEN: tl.constexpr, SLOW_STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DIM: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """One tile of query rows of one head; the grid is (tiles, heads, batch rows)."""
@@ -93,6 +92,7 @@ def queries_kernel(
     # Where the factor is all that stands between ds' and ds, it goes into the numbers of the row.
     FOLD: tl.constexpr = FACTOR and not MAGNITUDE and not TABLES
     TURN: tl.constexpr = GAIN or FOLD
+    lift = LOG2E if SOFTCAP else scale * LOG2E
     # The last tiles of a causal problem have the most keys: they start first.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
@@ -157,7 +157,8 @@ def queries_kernel(
             )  # fmt: skip
 
     for segment in tl.range(segments, disable_licm=True):
-        shift, pull, turn, flat, bent = top, down, ones, ones, zeros
+        shift, pull, turn, kink = top, down, ones, zeros
+        steep = ones if FACTOR else lift
         sum_bias, sum_factor, sum_magnitude, sum_gain = zeros, zeros, zeros, zeros
         members = 63
         if SCHEDULED:
@@ -170,14 +171,14 @@ def queries_kernel(
                     # +inf where the route is knocked out: no weight.
                     shift = top - per_row(bias, at_bias, dst, source, 0.0, valid) * LOG2E
                 if FACTOR:
-                    flat = per_row(factor, at_factor, dst, source, 1.0, valid)
+                    steep = per_row(factor, at_factor, dst, source, 1.0, valid) * lift
                 if MAGNITUDE:
-                    bent = per_row(magnitude, at_magnitude, dst, source, 0.0, valid)
+                    kink = per_row(magnitude, at_magnitude, dst, source, 0.0, valid) * tl.abs(lift)
                 if GAIN:
                     turn = per_row(gain, at_gain, dst, source, 1.0, valid)
                 if FOLD:
-                    turn *= flat
-                    pull = down * flat
+                    turn *= steep
+                    pull = down * steep
             start = tl.where(number == 0, 0, tl.load(ends + tl.maximum(2 * number - 1, 0)))
             quick_stop = tl.load(ends + 2 * number)
             slow_start, slow_stop = quick_stop, tl.load(ends + 2 * number + 1)
@@ -211,8 +212,8 @@ def queries_kernel(
             )  # fmt: skip
             acc, sum_bias, sum_factor, sum_magnitude, sum_gain = _block(
                 product, dot, key, acc, sum_bias, sum_factor, sum_magnitude, sum_gain,
-                True, 0.0, shift, pull, turn, flat, bent, scale, cap,
-                False, False, TURN, FOLD, FACTOR, MAGNITUDE, SOFTCAP, NEGATIVE,
+                True, 0.0, shift, pull, turn, steep, kink, scale, cap,
+                False, False, TURN, FOLD, FACTOR, MAGNITUDE, SOFTCAP,
                 DQ, DBIAS, DFACTOR, DMAGNITUDE, DGAIN, PRECISION,
             )  # fmt: skip
         for t in tl.range(slow_start, slow_stop, num_stages=SLOW_STAGES, disable_licm=True):
@@ -248,8 +249,8 @@ def queries_kernel(
             )  # fmt: skip
             acc, sum_bias, sum_factor, sum_magnitude, sum_gain = _block(
                 product, dot, key, acc, sum_bias, sum_factor, sum_magnitude, sum_gain,
-                seen, added, shift, pull, turn, flat, bent, scale, cap,
-                True, MASK == "add", TURN, FOLD, FACTOR, MAGNITUDE, SOFTCAP, NEGATIVE,
+                seen, added, shift, pull, turn, steep, kink, scale, cap,
+                True, MASK == "add", TURN, FOLD, FACTOR, MAGNITUDE, SOFTCAP,
                 DQ, DBIAS, DFACTOR, DMAGNITUDE, DGAIN, PRECISION,
             )  # fmt: skip
 
@@ -269,7 +270,7 @@ def queries_kernel(
 
     if DQ:
         dq += ((batch * heads + head) * n + tile * BLOCK_M) * dim
-        acc *= scale
+        acc *= unscaled(scale, SOFTCAP, FACTOR or MAGNITUDE)
         inside = (own < n - tile * BLOCK_M)[:, None]
         if not EVEN:
             inside = inside & (d < dim)[None, :]

@@ -9,15 +9,16 @@ number of ordinary size is a factor of the weights: ``w = g p`` is the weight in
 ``ds' = w (<dz, v> - delta / g)`` also all that the gradient of the logit needs. Other gains stay apart (`kept`).
 
 * ``shift = lse2 - bias - log2 g``, +inf where the bias is -inf;
-* ``pull = delta / g``, times the factor a where that is all there is between ds' and ds;
-* ``kept``: the gain where it could not be taken in, else 1;
-* ``factors`` and ``magnitudes``: the table values.
+* ``steep`` and ``kink``: factor and magnitude, in units of log2 and of the scale that logits may lack in the loop;
+* ``pull = delta / g``, times `steep` where there is no magnitude: then that is all there is between ds' and ds;
+* ``kept``: the gain where it could not be taken in, else 1.
 
 Rows are padded to P, a multiple of every tile, with the numbers of a row without keys: loops read them unchecked.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -47,8 +48,8 @@ class Rows(NamedTuple):
     shift: Tensor | None
     pull: Tensor | None
     kept: Tensor | None
-    factors: Tensor | None
-    magnitudes: Tensor | None
+    steep: Tensor | None
+    kink: Tensor | None
 
     @property
     def padded(self) -> int:
@@ -64,12 +65,12 @@ def ordinary(gain):
 
 @triton.jit(do_not_specialize=["n"])
 def rows_kernel(
-    z, grad_z, lse, grad_lse, lse2, delta, shift, pull, kept, factors, magnitudes,
+    z, grad_z, lse, grad_lse, lse2, delta, shift, pull, kept, steep, kink,
     query_roles, bias, factor, magnitude, gain,
     stride_z_b, stride_z_h, stride_z_n, stride_z_d, stride_dz_b, stride_dz_h, stride_dz_n, stride_dz_d,
     stride_lse_b, stride_lse_h, stride_lse_n, stride_dlse_b, stride_dlse_h, stride_dlse_n,
     stride_query_b, stride_bias_b, stride_factor_b, stride_magnitude_b, stride_gain_b,
-    n, padded, heads, dim,
+    n, padded, heads, dim, lift,
     ROLES: tl.constexpr, FOLD: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows of one head; the grid is (tiles, heads, batch rows)."""
@@ -113,12 +114,13 @@ def rows_kernel(
                 lowered = lowered / unit
                 tl.store(kept + at_role, tl.where(ordinary(g), 1.0, g))
             if factor is not None:
-                a = per_row(factor, at_factor, dst, source, 1.0, valid)
-                tl.store(factors + at_role, a)
+                a = per_row(factor, at_factor, dst, source, 1.0, valid) * lift
+                tl.store(steep + at_role, a)
                 if FOLD:
                     lowered *= a
             if magnitude is not None:
-                tl.store(magnitudes + at_role, per_row(magnitude, at_magnitude, dst, source, 0.0, valid))
+                c = per_row(magnitude, at_magnitude, dst, source, 0.0, valid) * tl.abs(lift)
+                tl.store(kink + at_role, c)
             if shift is not None:
                 tl.store(shift + at_role, raised)
             if pull is not None:
@@ -155,6 +157,7 @@ def rows_launch(
         "query_roles": query_roles, "stride_query_b": shared_stride(query_roles, 0), **tables,
         **_strides("bhnd", z=z, dz=grad_z), **_strides("bhn", lse=lse, dlse=grad_lse),
         "n": n, "padded": padded, "heads": heads, "dim": dim,
+        "lift": (1.0 if problem.softcap else problem.scale) * math.log2(math.e),
     }  # fmt: skip
     meta = {"ROLES": ROLES if by_role else 0, "FOLD": fold, "BLOCK": _BLOCK, "DIM": padded_dim(dim)}
     return Launch(rows_kernel, (padded // _BLOCK, heads, batch), args, meta), rows
@@ -184,7 +187,7 @@ def arguments_of(
     meta = {
         "SCHEDULED": schedule is not None, "ROUTED": problem.routed, **given, "MASK": mask_kind(mask),
         "CAUSAL": problem.causal, "WINDOW": problem.window > 0, "SOFTCAP": problem.softcap > 0,
-        "PRECISION": "tf32x3" if q.dtype == torch.float32 else "ieee", "NEGATIVE": problem.scale < 0,
+        "PRECISION": "tf32x3" if q.dtype == torch.float32 else "ieee",
         "EVEN": padded_dim(dim) == dim, "CHUNK": min(padded_dim(dim), _CHUNK if q.dtype == torch.float32 else 256),
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "DIM": padded_dim(dim),
     }  # fmt: skip

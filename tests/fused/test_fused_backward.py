@@ -15,8 +15,8 @@ from problems import LLAVA, VIDEO, qkv, random_routes, roles_of
 
 import emokernels as emo
 from emokernels.attention import _OPS, make_problem
-from emokernels.fused import attention as fused
 from emokernels.fused import backward, backward_audit, backward_configs, backward_rows
+from emokernels.fused.attention import attend
 from emokernels.fused.launch import ARCHITECTURES, Config
 from emokernels.ops import empty_outputs
 
@@ -30,11 +30,9 @@ N = len(PROMPT)
 def small_tiles(monkeypatch):
     """Tiles so small that a short prompt has every kind of block."""
     small = Config(16, 16, 4, 2)
-    monkeypatch.setattr(fused, "CONFIGS", {key: dict.fromkeys((64, 128, 256), small) for key in fused.CONFIGS})
     for name in ("QUERIES", "KEYS"):
         table = {key: dict.fromkeys((64, 128, 256), (small, small)) for key in getattr(backward_configs, name)}
         monkeypatch.setattr(backward_configs, name, table)
-    monkeypatch.setattr(fused.decode, "suits", lambda problem: False)
 
 
 def problem_of(batch=1, heads=2, key_heads=1, n=N, keys=None, dim=16, seed=0):
@@ -105,9 +103,13 @@ def errors_of_plain(q, k, v, routes, dtype, options):
     if options.get("scale") is not None:  # the same problem with a positive scale, which stock kernels need
         low[0] = low[0] if options["scale"] > 0 else -low[0]
         options = {**options, "scale": abs(options["scale"])}
-    exact = gradients("reference", *low, plain, **options)
-    found = gradients(backend, *low, plain, dtype, **options)
-    return [float((a.double() - b).abs().max()) for a, b in zip(found, exact, strict=True)], exact
+    errors = []
+    for turn in range(3):  # sums in another order round differently; the largest of few errors is a matter of luck
+        turned = [x.roll(turn, -1) for x in low]
+        exact = gradients("reference", *turned, plain, **options)
+        found = gradients(backend, *turned, plain, dtype, **options)
+        errors.append([float((a.double() - b).abs().max()) for a, b in zip(found, exact, strict=True)])
+    return [max(some) for some in zip(*errors, strict=True)], exact
 
 
 def reach(low, routes, options):
@@ -306,7 +308,7 @@ def wanted_of(q, k, v, routes, roles, wanted, seed=5):
     low = [x.float().to(DEVICE) for x in (q, k, v)]
     routes = emo.Routes(**{n: t.float().to(DEVICE) for n, t in routes.tables()})
     problem = make_problem(*low, roles.to(DEVICE), None, routes, None, True, None, None, None)
-    z, lse = fused.attend(problem)
+    z, lse = attend(problem)
     # The gradient that arrives is what `loss_of` sends.
     weight = torch.autograd.grad(loss_of(a := z.detach().double().requires_grad_(), lse.double()), a)[0].to(z.dtype)
     top = torch.autograd.grad(loss_of(z.double(), a := lse.detach().double().requires_grad_()), a)[0].to(lse.dtype)
