@@ -188,6 +188,7 @@ def check(plan: Plan, geometry: Geometry) -> None:
 
     Raises:
         ValueError: a layer, head or neuron out of range, or a vector of the wrong length.
+        NotImplementedError: neurons of a mixture of experts.
     """
     for i, edit in enumerate(plan):
         name = f"edit {i} ({type(edit).__name__})"
@@ -200,6 +201,11 @@ def check(plan: Plan, geometry: Geometry) -> None:
                     raise ValueError(
                         f"{name}: layer {layer} has no head {head}; this model has heads 0 to {geometry.heads - 1}"
                     )
+        if geometry.neurons == 0 and hasattr(edit, "neurons"):
+            raise NotImplementedError(
+                f"{name}: the MLPs of this model are mixtures of experts, whose neurons cannot be edited; "
+                "use heads, routes and vectors"
+            )
         if isinstance(edit, ScaleNeurons):
             for layer, index in edit.neurons:
                 if max(index) >= geometry.neurons:

@@ -131,9 +131,9 @@ def test_what_is_not_a_model_or_a_plan(model):
     with pytest.raises(TypeError, match=r"Hugging Face model"):
         patch(torch.nn.Linear(2, 2), Plan())
     with pytest.raises(NotImplementedError, match=r"supported: llava"):
-        from transformers import GPT2Config, GPT2LMHeadModel
+        from transformers import CTRLConfig, CTRLLMHeadModel
 
-        patch(GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=16)), Plan())
+        patch(CTRLLMHeadModel(CTRLConfig(n_layer=1, n_head=2, n_embd=8, dff=8, vocab_size=16)), Plan())
     with pytest.raises(NotImplementedError, match=r"lacks a part"):
         patch(model.model, Plan())
 

@@ -26,7 +26,7 @@ class Neuron(NamedTuple):
 def vocabulary_projection(model: nn.Module, layer: int) -> Tensor:
     """``[V, I]`` logits that one unit of each neuron writes: ``W_U . diag(final norm gain) . W_down`` (direct path)."""
     handle = open_model(model)
-    unembed, gain = handle.weight(handle.unembed), handle.weight(handle.norm)
+    unembed, gain = handle.weight(handle.unembed), handle.norm_gain()
     return (unembed * gain) @ handle.weight(handle.down_projections[layer])
 
 

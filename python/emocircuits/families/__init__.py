@@ -23,20 +23,22 @@ def open_model(model: nn.Module) -> Handle:
     kind = getattr(config, "model_type", None)
     if not isinstance(model, nn.Module) or kind is None:
         raise TypeError(f"model is {type(model).__name__}: expected a Hugging Face model (a module with a .config)")
-    supported = ", ".join(t for f in FAMILIES for t in f.model_types)
-    family = next((f for f in FAMILIES if kind in f.model_types), None)
-    if family is None:
+    families = [f for f in FAMILIES if kind in f.model_types]
+    if not families:
+        supported = ", ".join(t for f in FAMILIES for t in f.model_types)
         raise NotImplementedError(f"model type {kind!r} is not supported; supported: {supported}")
+    # Families of one model type differ in the layout of their text decoder.
+    text = config.get_text_config(decoder=True).model_type
+    family = next((f for f in families if text in f.decoders), None)
+    if family is None:
+        decoders = ", ".join(t for f in families for t in f.decoders)
+        raise NotImplementedError(
+            f"{kind} with a {text!r} text model is not supported; supported text models: {decoders}"
+        )
     try:
-        handle = Handle(model, family)
+        return Handle(model, family)
     except AttributeError as error:
         raise NotImplementedError(
             f"{type(model).__name__} lacks a part that family {family.name!r} needs ({error}); "
             "pass the ...ForConditionalGeneration or ...ForCausalLM model"
         ) from error
-    text = handle.text_config.model_type
-    if text not in family.text_types:
-        raise NotImplementedError(
-            f"{kind} with a {text!r} text model is not supported; supported text models: {', '.join(family.text_types)}"
-        )
-    return handle

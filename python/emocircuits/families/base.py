@@ -3,42 +3,77 @@
 from __future__ import annotations
 
 import dataclasses as dc
+from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 
 @dc.dataclass(frozen=True)
 class Family:
-    """Paths of one model family, relative to the model or to one of its layers.
+    """Paths of one model family, relative to the model, to its text decoder, or to one decoder layer.
 
     A new family is one instance of this class (CONTRIBUTING.md shows how); every path is checked by a test against a
-    tiny random model.
+    tiny random model. The defaults are the layout of Llama. A vision-language family around another layout is
+    ``dataclasses.replace(GEMMA2, name=..., model_types=..., backbone=..., text=..., placeholders=...)``.
     """
 
     name: str
     model_types: tuple[str, ...]
     """``config.model_type`` values this adapter serves."""
-    backbone: str
+    backbone: str = "model"
     """Module whose forward receives ``input_ids`` and the cache, whoever calls it."""
-    text: str
+    text: str = "model"
     """The text decoder: owns ``layers`` and the config whose attention implementation is switched."""
-    text_types: tuple[str, ...]
-    """``model_type`` values of the text decoder that have been checked."""
+    text_types: tuple[str, ...] = ()
+    """``model_type`` values of the text decoder that have been checked; empty: those of ``model_types``."""
     placeholders: tuple[str, ...] = ()
     """Config fields that hold the ids of visual placeholder tokens; empty for a text-only family."""
+    unembed: str = "lm_head"
+
+    # Relative to the text decoder.
     layers: str = "layers"
     norm: str = "norm"
-    unembed: str = "lm_head"
+    norm_offset: float = 0.0
+    """What the final norm adds to its weight before it multiplies (Gemma: 1)."""
+
+    # Relative to a decoder layer.
     attention: str = "self_attn"
     output_projection: str = "self_attn.o_proj"
     mlp: str = "mlp"
     down_projection: str = "mlp.down_proj"
+    attn_out: str = "self_attn"
+    """Module whose (first) output is what attention adds to the residual stream: the norm, where one follows it."""
+    mlp_out: str = "mlp"
+    """The same of the MLP."""
+    query: str | None = "self_attn.q_proj"
+    key: str | None = "self_attn.k_proj"
+    value: str | None = "self_attn.v_proj"
+    """The three projections where they are separate modules, else None."""
+    gate: str | None = "mlp.gate_proj"
+    up: str | None = "mlp.up_proj"
+    """Of a gated MLP, ``down(act(gate(x)) * up(x))``; None where they are one module or the MLP has no gate."""
+    gate_up: str | None = None
+    """One module that gives ``[gate, up]`` side by side in the last dimension."""
+    experts: str | None = None
+    """Of a mixture of experts: what a layer has in place of ``down_projection``. Its neurons cannot be edited."""
+
+    # Fields of the text decoder's config.
+    activation: str = "hidden_act"
+    softcap: str | None = None
+    """Field with the cap of attention logits (Gemma 2)."""
+
+    @property
+    def decoders(self) -> tuple[str, ...]:
+        """Checked ``model_type`` values of the text decoder."""
+        return self.text_types or self.model_types
 
 
 @dc.dataclass(frozen=True)
 class Geometry:
-    """Sizes of a text decoder."""
+    """Sizes of a text decoder. ``neurons`` is 0 where the MLPs are mixtures of experts, which have no common ones."""
 
     layers: int
     heads: int
@@ -49,7 +84,12 @@ class Geometry:
 
 
 class Handle:
-    """A model seen through its family: the parts by name, as the rest of the package uses them."""
+    """A model seen through its family: the parts by name, as the rest of the package uses them.
+
+    Attributes:
+        layers, attentions, output_projections, mlps: one module per layer.
+        sites: by name of a vector site, the module of every layer whose input (``resid_pre``) or output it is.
+    """
 
     def __init__(self, model: nn.Module, family: Family) -> None:
         self.model = model
@@ -59,10 +99,17 @@ class Handle:
         self.layers: list[nn.Module] = list(self.text.get_submodule(family.layers).children())
         self.norm: nn.Module = self.text.get_submodule(family.norm)
         self.unembed: nn.Module = model.get_submodule(family.unembed)
-        self.attentions = [layer.get_submodule(family.attention) for layer in self.layers]
-        self.output_projections = [layer.get_submodule(family.output_projection) for layer in self.layers]
-        self.mlps = [layer.get_submodule(family.mlp) for layer in self.layers]
-        self.down_projections = [layer.get_submodule(family.down_projection) for layer in self.layers]
+        self.attentions = self._each(family.attention)
+        self.output_projections = self._each(family.output_projection)
+        self.mlps = self._each(family.mlp)
+        self.sites: dict[str, list[nn.Module]] = {
+            "resid_pre": self.layers,
+            "resid_post": self.layers,
+            "attn_out": self._each(family.attn_out),
+            "mlp_out": self._each(family.mlp_out),
+        }
+        mixed = family.experts is not None and any(_has(layer, family.experts) for layer in self.layers)
+        self._down_projections = None if mixed else self._each(family.down_projection)
         config = self.text_config
         self.geometry = Geometry(
             layers=len(self.layers),
@@ -70,8 +117,35 @@ class Handle:
             kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
             d_model=config.hidden_size,
-            neurons=config.intermediate_size,
+            neurons=0 if self._down_projections is None else _inputs(self._down_projections[0]),
         )
+
+    def _each(self, path: str) -> list[nn.Module]:
+        return [layer.get_submodule(path) for layer in self.layers]
+
+    def parts(self, name: str) -> list[nn.Module] | None:
+        """The module of every layer that the family knows as ``name`` ("key", "gate", "gate_up", ...), in order.
+
+        None where the family does not have it.
+        """
+        path = getattr(self.family, name)
+        if path is None or (self._down_projections is None and name in ("gate", "up", "gate_up")):
+            return None
+        return self._each(path)
+
+    @property
+    def down_projections(self) -> list[nn.Module]:
+        """The projection of every layer whose input are the neurons.
+
+        Raises:
+            NotImplementedError: the MLPs are mixtures of experts.
+        """
+        if self._down_projections is None:
+            raise NotImplementedError(
+                f"the MLPs of {type(self.model).__name__} are mixtures of experts, whose neurons cannot be edited or "
+                "read; use heads, routes and vectors"
+            )
+        return self._down_projections
 
     @property
     def config(self) -> Any:
@@ -83,12 +157,36 @@ class Handle:
         """The text decoder's own config (attention implementation, sizes)."""
         return self.text.config
 
+    @cached_property
+    def windows(self) -> tuple[int | None, ...]:
+        """Of every layer, how many keys back it sees; None where it sees all of them."""
+        config = self.text_config
+        size = getattr(config, "sliding_window", None) or None
+        kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * len(self.layers)
+        return tuple(size if kind == "sliding_attention" else None for kind in kinds)
+
+    @property
+    def softcap(self) -> float | None:
+        """The cap of attention logits, or None."""
+        return None if self.family.softcap is None else getattr(self.text_config, self.family.softcap, None)
+
+    @property
+    def activation(self) -> str:
+        """Name of the MLP's activation function, as transformers' ACT2FN knows it."""
+        return str(getattr(self.text_config, self.family.activation))
+
     @staticmethod
     def weight(module: nn.Module) -> Tensor:
-        """The weight of a linear layer or a norm in float32, detached."""
+        """The weight of a linear layer, ``[out, in]``, or of a norm, in float32, detached."""
         weight = module.weight
         assert isinstance(weight, Tensor)
-        return weight.detach().float()
+        return (weight.T if isinstance(module, Conv1D) else weight).detach().float()
+
+    def norm_gain(self) -> Tensor:
+        """What the final norm multiplies its normalised input with, ``[d_model]`` float32; ones for a norm without."""
+        if getattr(self.norm, "weight", None) is None:
+            return torch.ones(self.geometry.d_model, device=self.weight(self.unembed).device)
+        return self.weight(self.norm) + self.family.norm_offset
 
     @property
     def sees(self) -> bool:
@@ -99,3 +197,19 @@ class Handle:
         """Token ids that stand for visual features in ``input_ids``."""
         ids = (getattr(self.config, name, None) for name in self.family.placeholders)
         return tuple(sorted({int(i) for i in ids if i is not None}))
+
+
+def _has(module: nn.Module, path: str) -> bool:
+    try:
+        module.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+def _inputs(module: nn.Module) -> int:
+    """Width of a projection's input; Conv1D keeps its weight as ``[in, out]``."""
+    if isinstance(module, Conv1D):
+        return int(module.weight.shape[0])
+    features = getattr(module, "in_features", None)
+    return int(features) if isinstance(features, int) else int(getattr(module, "weight").shape[1])  # noqa: B009
