@@ -17,7 +17,9 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 OVER_STOCK = "emokernels"
 OVER_EAGER = "emokernels_on_eager"
 SITE = "_emocircuits_site"
+# Arguments of an attention function that the stock SDPA path has no short cut for, and those that no edit can follow.
 _SPECIAL = ("s_aux", "position_bias", "cache", "softcap")
+_REFUSED = ("s_aux", "position_bias", "cache")
 
 
 class AttentionSite(Protocol):
@@ -27,7 +29,15 @@ class AttentionSite(Protocol):
         """Whether the forward pass in progress is changed here."""
 
     def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scaling: float | None, causal: bool
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        *,
+        scaling: float | None,
+        causal: bool,
+        softcap: float | None = None,
     ) -> Tensor:
         """Head outputs ``[B, N, H, D]``."""
 
@@ -83,9 +93,10 @@ def _edited(
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    for name in _SPECIAL:
+    for name in _REFUSED:
         if kwargs.get(name) is not None:
             raise NotImplementedError(
                 f"attention with {name} cannot be edited yet; remove the edits of layer {_layer(module)}"
@@ -99,7 +110,7 @@ def _edited(
     if causal and key.shape[2] > rows:
         # Prefill into a static cache: the columns after the prompt are still empty.
         key, value = key[:, :, :rows], value[:, :, :rows]
-    return site(query, key, value, attention_mask, scaling=scaling, causal=causal)
+    return site(query, key, value, attention_mask, scaling=scaling, causal=causal, softcap=softcap)
 
 
 def _eager(module: Any) -> Callable[..., Any]:

@@ -1,0 +1,208 @@
+"""The places of a model where edits act during a forward pass: attention sites, wrapped forwards, hooks.
+
+A place is a pair (layer, kind). `places` says which ones a plan needs, `install` puts them into a model. Another kind
+of place is a name that `places` returns and a function in `_INSTALL`; it reads what it needs from the `State`.
+"""
+
+from __future__ import annotations
+
+import dataclasses as dc
+import functools
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from emocircuits import attention as hf_attention
+from emocircuits.context import Context
+from emocircuits.edits import AddVector, ReplaceVector, ScaleNeurons, Site
+from emocircuits.families import Handle
+from emocircuits.plan import Plan
+from emocircuits.tables import LayerTables
+from emocircuits.undo import Changes
+from emokernels import Routes
+from emokernels.attention import prepare_step
+from emokernels.attention import run as run_attention
+
+ATTENTION, NEURONS = "attention", "neurons"
+Place = tuple[int, str]
+Tap = Callable[["Tapped"], None]
+
+
+@dc.dataclass(frozen=True)
+class Tapped:
+    """What a tap sees of one attention call: its inputs, as in :func:`emokernels.attention`, and the routes."""
+
+    layer: int
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    scale: float | None
+    causal: bool
+    routes: Routes | None
+    roles: Tensor
+    query_roles: Tensor
+
+
+@dc.dataclass
+class State:
+    """What the places of one patched model share: roles and phase, tables by layer, the backend, the tap."""
+
+    context: Context
+    backend: str
+    tap: Tap | None
+    tables: dict[int, LayerTables] = dc.field(default_factory=dict)
+
+
+def places(plan: Plan) -> set[Place]:
+    """(layer, what is edited there): ``ATTENTION``, ``NEURONS`` or a vector site."""
+    found: set[Place] = set()
+    for edit in plan:
+        if isinstance(edit, AddVector | ReplaceVector):
+            kind: str = edit.site
+        else:
+            kind = NEURONS if isinstance(edit, ScaleNeurons) else ATTENTION
+        found |= {(layer, kind) for layer in edit.layers_used()}
+    return found
+
+
+def install(place: Place, handle: Handle, state: State, changes: Changes) -> None:
+    """Make one place of a model follow ``state.tables`` until ``changes`` are undone."""
+    layer, kind = place
+    _INSTALL[kind](layer, kind, handle, state, changes)
+
+
+# -- attention -------------------------------------------------------------------------------------------------------
+class AttentionSite:
+    """Attention of one layer of a patched model."""
+
+    def __init__(self, state: State, layer: int) -> None:
+        self.state, self.layer = state, layer
+        self.prepared: tuple[LayerTables, Tensor, Callable[..., Tensor] | None] | None = None
+
+    def tables(self) -> LayerTables | None:
+        """The tables of this layer, if the plan changes it."""
+        return self.state.tables.get(self.layer)
+
+    def active(self) -> bool:
+        """Whether the forward pass in progress is edited here, or looked at."""
+        return self.state.tap is not None or self.edited()
+
+    def edited(self) -> bool:
+        """Whether the plan changes the rows of the forward pass in progress here."""
+        tables = self.tables()
+        return tables is not None and not self.state.context.phases.isdisjoint(tables.attention_phases)
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        *,
+        scaling: float | None,
+        causal: bool,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """Head outputs ``[B, N, H, D]`` from Hugging Face's ``[B, H, N, D]`` inputs."""
+        context, tables = self.state.context, self.tables()
+        if softcap is None and self.may_step(query, key, value) and self.prepared is not None:
+            prepared_tables, prompt, step = self.prepared
+            if step is not None and prepared_tables is tables and prompt is context.prompt:
+                scale = query.shape[3] ** -0.5 if scaling is None else scaling
+                return step(query, key, value, context.step_mask(mask, query.dtype), scale).transpose(1, 2)
+        routes = heads = None
+        if tables is not None and self.edited():
+            routes = tables.routes
+            heads = None if tables.heads is None else tables.heads.edits(context.rows, context.prefill)
+        roles = context.key_roles(key.shape[2])
+        if (
+            tables is not None
+            and routes is not None
+            and heads is None
+            and softcap is None
+            and self.may_step(query, key, value)
+        ):
+            # A prompt brings a new role buffer, a refill new tables: either makes what was prepared obsolete.
+            step = prepare_step(
+                query, key, value, roles=roles, query_roles=context.rows, routes=routes, backend=self.state.backend
+            )
+            self.prepared = (tables, context.prompt, step)
+        if self.state.tap is not None:
+            self.state.tap(Tapped(self.layer, query, key, value, mask, scaling, causal, routes, roles, context.rows))
+        return run_attention(
+            query, key, value, backend=self.state.backend, mask=mask, roles=roles, query_roles=context.rows,
+            routes=routes, heads=heads, causal=causal, scale=scaling, softcap=softcap,
+        )[0].transpose(1, 2)  # fmt: skip
+
+    def may_step(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
+        """Whether this call is a decode step that can run as it was prepared at an earlier one of the same prompt."""
+        context = self.state.context
+        return (
+            not torch.compiler.is_compiling()
+            and query.shape[2] == 1
+            and not context.prefill
+            and context.seen <= key.shape[2]
+            and self.state.tap is None
+            and not (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad))
+        )
+
+
+def _install_attention(layer: int, kind: str, handle: Handle, state: State, changes: Changes) -> None:
+    changes.set(handle.attentions[layer], hf_attention.SITE, AttentionSite(state, layer))
+
+
+# -- neurons ---------------------------------------------------------------------------------------------------------
+def _edit_neurons(state: State, layer: int, forward: Callable[..., Tensor], activations: Tensor) -> Tensor:
+    tables = state.tables.get(layer)
+    if tables is None or tables.neurons is None or state.context.phases.isdisjoint(tables.neuron_phases):
+        return forward(activations)
+    return forward(tables.neurons.apply(activations, state.context))
+
+
+def _install_neurons(layer: int, kind: str, handle: Handle, state: State, changes: Changes) -> None:
+    # Its own forward, wrapped: a hook would send every call of the module down torch's slow path.
+    module = handle.down_projections[layer]
+    changes.set(module, "forward", functools.partial(_edit_neurons, state, layer, module.forward))
+
+
+# -- vectors ---------------------------------------------------------------------------------------------------------
+def _edit_vector(state: State, layer: int, site: Site, hidden: Tensor) -> Tensor:
+    tables = state.tables.get(layer)
+    if tables is None or state.context.phases.isdisjoint(tables.vector_phases.get(site, ())):
+        return hidden
+    return tables.vectors[site].apply(hidden, state.context.rows)
+
+
+def _install_vector(layer: int, kind: str, handle: Handle, state: State, changes: Changes) -> None:
+    edit = functools.partial(_edit_vector, state, layer, cast(Site, kind))
+    if kind == "resid_pre":
+        hook = functools.partial(_on_input, edit)
+        changes.hook(handle.layers[layer].register_forward_pre_hook, hook, with_kwargs=True)
+    else:
+        module = handle.sites[kind][layer]
+        changes.hook(module.register_forward_hook, functools.partial(_on_output, edit))
+
+
+def _on_input(
+    edit: Callable[[Tensor], Tensor], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if args:
+        return (edit(args[0]), *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": edit(kwargs["hidden_states"])}
+
+
+def _on_output(edit: Callable[[Tensor], Tensor], module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    return (edit(output[0]), *output[1:]) if isinstance(output, tuple) else edit(output)
+
+
+_INSTALL: dict[str, Callable[[int, str, Handle, State, Changes], None]] = {
+    ATTENTION: _install_attention,
+    NEURONS: _install_neurons,
+    "resid_pre": _install_vector,
+    "resid_post": _install_vector,
+    "attn_out": _install_vector,
+    "mlp_out": _install_vector,
+}
