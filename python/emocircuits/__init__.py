@@ -1,5 +1,6 @@
 """Interventions in Hugging Face models: plans, patching, VEENA and the analyses around them."""
 
+from emocircuits import presets
 from emocircuits.circuit import Circuit
 from emocircuits.edits import AddVector, BoostRoute, ReplaceHead, ReplaceVector, ScaleHead, ScaleNeurons
 from emocircuits.patching import Patched, patch
@@ -22,4 +23,5 @@ __all__ = [
     "ScaleNeurons",
     "__version__",
     "patch",
+    "presets",
 ]

@@ -1,0 +1,284 @@
+"""Presets against their published formulas: full attention matrices in float64 on real forward passes and generations.
+
+The reference runs the prompt and the generated tokens as one sequence, without a cache and without any code of the
+package; what a row or key is comes from positions in ``input_ids``.
+"""
+
+import contextlib
+import dataclasses as dc
+
+import models
+import pytest
+import torch
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
+
+from emocircuits import Plan, patch, presets
+
+STEPS = 4
+SUPPRESS = [models.IMAGE, models.PAD]
+LAYERS, HEADS, DIM, NEURONS = 3, 4, 8, 48
+
+
+@dc.dataclass
+class Where:
+    """Bool masks ``[B, N]`` over the columns of a left-padded sequence whose prompt ends at column ``prompt - 1``."""
+
+    image: torch.Tensor
+    before: torch.Tensor  # text before the image
+    after: torch.Tensor  # text after it, last prompt token and generated ones included
+    emits: torch.Tensor  # rows that emit a token: the last prompt row and every generated one
+    generated: torch.Tensor
+
+    @classmethod
+    def of(cls, inputs, generated):
+        ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
+        prompt = ids.shape[1]
+        columns = torch.arange(prompt + generated)
+        grow = lambda m, value: torch.nn.functional.pad(m, (0, generated), value=value)  # noqa: E731
+        image = grow((ids == models.IMAGE) & mask, False)
+        seen = image.cumsum(1) > 0
+        real = grow(mask, True)
+        rows = torch.ones(ids.shape[0], 1, dtype=torch.bool)
+        return cls(
+            image=image,
+            before=real & ~seen,
+            after=real & seen & ~image,
+            emits=rows & (columns >= prompt - 1),
+            generated=rows & (columns >= prompt),
+        )
+
+
+def block(rows, keys):
+    """``[B, 1, N, N]``: these rows and these keys."""
+    return rows[:, None, :, None] & keys[:, None, None, :]
+
+
+def _attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    logits, weights = module._published
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    s = query @ key.mT * scaling
+    visible = attention_mask if attention_mask.dtype == torch.bool else attention_mask > -1e30
+    s = logits(module.layer_idx, s).masked_fill(~visible[:, :, : s.shape[2], : s.shape[3]], -torch.inf)
+    p = weights(module.layer_idx, torch.nan_to_num(s.softmax(-1)))
+    return (p @ value).transpose(1, 2), None
+
+
+AttentionInterface.register("published", _attention)
+AttentionMaskInterface.register("published", eager_mask)
+
+
+def unchanged(layer, x):
+    return x
+
+
+@contextlib.contextmanager
+def published(
+    model, logits=unchanged, weights=unchanged, z=unchanged, neurons=unchanged, mlp=unchanged, post=unchanged
+):
+    """The model with formulas in it, of logits and weights ``[B, H, N, N]``, z ``[B, N, H, D]``, others ``[B, N, d]``."""
+    text = model.model.language_model
+    old, handles = text.config._attn_implementation_internal, []
+
+    def split(layer, x):
+        return z(layer, x.unflatten(-1, (HEADS, DIM))).flatten(-2)
+
+    def output(f, n):
+        return lambda m, a, out: (f(n, out[0]), *out[1:]) if isinstance(out, tuple) else f(n, out)
+
+    try:
+        text.config._attn_implementation_internal = "published"
+        for n, layer in enumerate(text.layers):
+            layer.self_attn._published = (logits, weights)
+            handles += [
+                layer.self_attn.o_proj.register_forward_pre_hook(lambda m, a, n=n: (split(n, a[0]),)),
+                layer.mlp.down_proj.register_forward_pre_hook(lambda m, a, n=n: (neurons(n, a[0]),)),
+                layer.mlp.register_forward_hook(output(mlp, n)),
+                layer.register_forward_hook(output(post, n)),
+            ]
+        yield
+    finally:
+        text.config._attn_implementation_internal = old
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def reference(model, inputs, tokens, **formulas):
+    """Logits ``[B, T, V]`` that chose ``tokens [B, T]``."""
+    inputs = dict(inputs)
+    n = inputs["input_ids"].shape[1]
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], tokens[:, :-1]], 1)
+    inputs["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(tokens[:, :-1])], 1)
+    inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    with published(model, **formulas):
+        return model(**inputs, use_cache=False).logits[:, n - 1 :]
+
+
+@torch.no_grad()
+def generate(model, inputs, plan, **options):
+    """Greedy tokens ``[B, T]`` of the patched model, and the logits they came from (generate() rounds its own)."""
+    steps = []
+    with patch(model, plan):
+        hook = model.lm_head.register_forward_hook(lambda m, a, out: steps.append(out[:, -1]))
+        out = model.generate(**inputs, max_new_tokens=STEPS, do_sample=False, suppress_tokens=SUPPRESS, **options)
+        hook.remove()
+    return out[:, inputs["input_ids"].shape[1] :], torch.stack(steps, 1)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return models.build("llava", "llama", torch.float64)
+
+
+@pytest.fixture(scope="module")
+def inputs(model):
+    """Two prompts of different lengths, left-padded."""
+    return models.batch([models.prompt(model, 3, 5), models.prompt(model, 1, 9, seed=1)])
+
+
+def check(model, inputs, plan, **formulas):
+    """A patched generation equals the formulas, and the formulas do something."""
+    tokens, steps = generate(model, inputs, plan)
+    expected = reference(model, inputs, tokens, **formulas)
+    assert (steps - expected).abs().max() <= 1e-10 * expected.abs().max()
+    plain = reference(model, inputs, tokens)
+    assert (plain - expected).abs().max() > 1e-3 * expected.abs().max(), "the formula changed nothing"
+
+
+@pytest.fixture
+def where(inputs):
+    return Where.of(inputs, STEPS - 1)
+
+
+def test_pai(model, inputs, where):
+    alpha, layers = 0.7, (0, 2)
+
+    def logits(layer, s):
+        return torch.where(block(where.emits, where.image) & (layer in layers), alpha * s.abs() + s, s)
+
+    check(model, inputs, presets.pai(model, alpha, layers=layers), logits=logits)
+
+
+def test_vaf(model, inputs, where):
+    enhance, suppress = 1.6, 0.4
+
+    def logits(layer, s):
+        if layer not in (1, 2):
+            return s
+        s = torch.where(block(where.after, where.image), enhance * s, s)
+        return torch.where(block(where.after, where.before), suppress * s, s)
+
+    check(model, inputs, presets.vaf(model, enhance, suppress, layers=(1, 2)), logits=logits)
+
+
+def test_adhh(model, inputs, where):
+    heads, text, image = [(0, 1), (2, 3), (2, 0)], 0.2, 1.7
+
+    def weights(layer, p):
+        chosen = torch.tensor([(layer, h) in heads for h in range(HEADS)])[:, None, None]
+        p = torch.where(block(where.emits, where.after) & chosen, text * p, p)
+        return torch.where(block(where.emits, where.image) & chosen, image * p, p)
+
+    check(model, inputs, presets.adhh(model, heads, text, image), weights=weights)
+
+
+def test_knockout(model, inputs, where):
+    def logits(layer, s):
+        return s.masked_fill(block(where.emits, where.image), -torch.inf) if layer in (1, 2) else s
+
+    check(model, inputs, presets.knockout(model, ("last", "generated"), "visual", layers=range(1, 3)), logits=logits)
+
+
+def test_temperature(model, inputs):
+    def logits(layer, s):
+        return torch.cat([s[:, :1] / 0.5, s[:, 1:]], 1) if layer == 1 else s
+
+    check(model, inputs, presets.temperature(model, 0.5, heads=[(1, 0)]), logits=logits)
+    check(model, inputs, presets.temperature(model, 3.0), logits=lambda layer, s: s / 3.0)
+
+
+def test_vseam(model, inputs):
+    scores = torch.randn(LAYERS, HEADS, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+    def z(layer, x):
+        score = torch.where(scores[layer].abs() < 0.3, 0.0, scores[layer])
+        return x * (1 + 0.9 * score).clamp(0.0, 2.0)[:, None]
+
+    check(model, inputs, presets.vseam(model, scores, 0.9, epsilon=0.3), z=z)
+    some = {(1, 2): float(scores[1, 2])}
+    plan = presets.vseam(model, some, clip=None)
+    check(
+        model,
+        inputs,
+        plan,
+        z=lambda n, x: x * (1 + (scores[1, 2] if n == 1 else 0) * torch.eye(4, dtype=x.dtype)[2][:, None]),
+    )
+
+
+def test_hones(model, inputs):
+    scales = {(0, 3): 2.5, (0, 7): 0.0, (2, 40): 2.5, (1, 1): -0.5}
+
+    def neurons(layer, a):
+        factor = torch.ones(NEURONS, dtype=a.dtype)
+        for (at, i), by in scales.items():
+            if at == layer:
+                factor[i] = by
+        return a * factor
+
+    plan = presets.hones(model, scales)
+    check(model, inputs, plan, neurons=neurons)
+    exported = [{"layer": layer, "neuron": i, "scale": by} for (layer, i), by in scales.items()]
+    assert presets.hones(model, exported) == plan
+
+
+def test_caa(model, inputs, where):
+    vector = torch.randn(32, generator=torch.Generator().manual_seed(1))
+
+    def post(layer, h):
+        return h - 1.5 * vector.double() * where.emits[..., None] if layer == 1 else h
+
+    check(model, inputs, presets.caa(model, 1, vector, -1.5), post=post)
+
+
+def test_rows_and_sums(model, inputs, where):
+    """Presets are plans: they add up, and name batch rows."""
+    plan = presets.pai(model, 0.7, layers=[0], rows=[1]) + presets.hones(model, {(1, 4): 3.0})
+
+    def logits(layer, s):
+        second = torch.tensor([False, True])[:, None, None, None]
+        return torch.where(block(where.emits, where.image) & second & (layer == 0), s + 0.7 * s.abs(), s)
+
+    def neurons(layer, a):
+        return torch.cat([a[..., :4], a[..., 4:5] * (3.0 if layer == 1 else 1.0), a[..., 5:]], -1)
+
+    check(model, inputs, plan, logits=logits, neurons=neurons)
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+def test_the_table_names_every_preset(model):
+    for name, entry in presets.PRESETS.items():
+        assert getattr(presets, name) is entry.function
+        assert name in presets.__all__
+        assert all((entry.formula, entry.paper, entry.needs, entry.function.__doc__))
+
+
+def test_what_is_refused(model):
+    text = models.build("text", "llama")
+    for build in (lambda: presets.pai(text), lambda: presets.vaf(text), lambda: presets.adhh(text, [(0, 0)])):
+        with pytest.raises(ValueError, match="text-only"):
+            build()
+    with pytest.raises(ValueError, match="layers 9 to 14 of 32"):
+        presets.vaf(model)
+    with pytest.raises(ValueError, match="0 to 2"):
+        presets.pai(model, layers=[3])
+    with pytest.raises(ValueError, match="not both"):
+        presets.knockout(model, "last", "visual", layers=1, heads=[(1, 1)])
+    with pytest.raises(ValueError, match="above 0"):
+        presets.temperature(model, 0.0)
+    with pytest.raises(ValueError, match="scores has shape"):
+        presets.vseam(model, torch.zeros(2, 2))
+    with pytest.raises(TypeError, match="layer"):
+        presets.hones(model, [3, 4])
+    assert presets.temperature(text, 2.0)
