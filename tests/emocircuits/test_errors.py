@@ -130,7 +130,7 @@ def test_what_is_not_a_model_or_a_plan(model):
         patch(model, [ScaleHead([(0, 0)])])
     with pytest.raises(TypeError, match=r"Hugging Face model"):
         patch(torch.nn.Linear(2, 2), Plan())
-    with pytest.raises(NotImplementedError, match=r"supported: llava"):
+    with pytest.raises(NotImplementedError, match=r"missing: module model\. Known types: llava"):
         from transformers import CTRLConfig, CTRLLMHeadModel
 
         patch(CTRLLMHeadModel(CTRLConfig(n_layer=1, n_head=2, n_embd=8, dff=8, vocab_size=16)), Plan())

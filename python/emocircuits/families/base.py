@@ -36,8 +36,6 @@ class Family:
     # Relative to the text decoder.
     layers: str = "layers"
     norm: str = "norm"
-    norm_offset: float = 0.0
-    """What the final norm adds to its weight before it multiplies (Gemma: 1)."""
 
     # Relative to a decoder layer.
     attention: str = "self_attn"
@@ -108,7 +106,7 @@ class Handle:
             "attn_out": self._each(family.attn_out),
             "mlp_out": self._each(family.mlp_out),
         }
-        mixed = family.experts is not None and any(_has(layer, family.experts) for layer in self.layers)
+        mixed = family.experts is not None and any(has_part(layer, family.experts) for layer in self.layers)
         self._down_projections = None if mixed else self._each(family.down_projection)
         config = self.text_config
         self.geometry = Geometry(
@@ -182,11 +180,17 @@ class Handle:
         assert isinstance(weight, Tensor)
         return (weight.T if isinstance(module, Conv1D) else weight).detach().float()
 
+    @torch.no_grad()
     def norm_gain(self) -> Tensor:
-        """What the final norm multiplies its normalised input with, ``[d_model]`` float32; ones for a norm without."""
-        if getattr(self.norm, "weight", None) is None:
-            return torch.ones(self.geometry.d_model, device=self.weight(self.unembed).device)
-        return self.weight(self.norm) + self.family.norm_offset
+        """What the final norm multiplies its normalised input with, ``[d_model]`` float32.
+
+        Measured on an input that normalising only scales, because families store it as w, as 1 + w, or not at all.
+        """
+        parameter = next(self.unembed.parameters())
+        x = torch.ones(self.geometry.d_model, device=parameter.device, dtype=parameter.dtype)
+        x[1::2] = -1
+        large = 1024 * x  # against the norm's epsilon
+        return ((self.norm(large) - self.norm(-large)) / 2 * x).float()
 
     @property
     def sees(self) -> bool:
@@ -199,7 +203,8 @@ class Handle:
         return tuple(sorted({int(i) for i in ids if i is not None}))
 
 
-def _has(module: nn.Module, path: str) -> bool:
+def has_part(module: nn.Module, path: str) -> bool:
+    """Whether ``module`` has a part at ``path``."""
     try:
         module.get_submodule(path)
     except AttributeError:

@@ -15,7 +15,7 @@ OLMO2 = Family(
 """Norms come after attention and MLP: their outputs are what the residual stream gets."""
 
 GEMMA = dc.replace(
-    OLMO2, name="gemma", model_types=("gemma2", "gemma3_text"), norm_offset=1.0,
+    OLMO2, name="gemma", model_types=("gemma2", "gemma3_text"),
     activation="hidden_activation", softcap="attn_logit_softcapping",
 )  # fmt: skip
 """Norms before and after attention and MLP; Gemma 2 caps attention logits, Gemma 3 has q/k norms instead."""
