@@ -6,8 +6,11 @@ A whole sequence (prompt and generated tokens) is run at once without a cache, s
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 
+import oracle_edits
+import oracle_layouts
 import torch
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
@@ -34,17 +37,7 @@ def roles_of(input_ids, attention_mask, placeholders, generated: int = 0) -> lis
     return out
 
 
-def applies(edit, role: str, row: int) -> bool:
-    if edit.rows is not None and row not in edit.rows:
-        return False
-    if edit.phase == "prefill" and role == "generated":
-        return False
-    if edit.phase == "decode" and role != "generated":
-        return False
-    return edit.to is None or role in edit.to
-
-
-def _attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+def _attention(module, query, key, value, attention_mask, scaling=None, softcap=None, **kwargs):
     plan, roles = module._oracle
     b, h, n, _ = query.shape
     group = h // key.shape[1]
@@ -53,13 +46,15 @@ def _attention(module, query, key, value, attention_mask, scaling=None, **kwargs
         for head in range(h):
             q, k, v = query[row, head], key[row, head // group], value[row, head // group]
             s = q @ k.T * scaling
+            if softcap is not None:
+                s = softcap * torch.tanh(s / softcap)
             gain = torch.ones_like(s)
             for edit in plan:
                 if type(edit).__name__ != "BoostRoute" or (module.layer_idx, head) not in edit.heads:
                     continue
                 for i in range(n):
                     for j in range(n):
-                        if not applies(edit, roles[row][i], row) or roles[row][j] not in edit.source:
+                        if not oracle_edits.applies(edit, roles, row, i) or roles[row][j] not in edit.source:
                             continue
                         if edit.reading == "weight":
                             gain[i, j] *= edit.by
@@ -74,7 +69,7 @@ def _attention(module, query, key, value, attention_mask, scaling=None, **kwargs
                     continue
                 hit = torch.tensor(
                     [
-                        [applies(edit, roles[row][i], row) and roles[row][j] in edit.source for j in range(n)]
+                        [oracle_edits.applies(edit, roles, row, i) and roles[row][j] in edit.source for j in range(n)]
                         for i in range(n)
                     ]
                 )
@@ -99,61 +94,22 @@ AttentionMaskInterface.register("oracle", eager_mask)
 
 @contextlib.contextmanager
 def installed(model, plan, roles):
-    text = model.model.language_model if hasattr(model.model, "language_model") else model.model
+    text = oracle_layouts.decoder(model)
+    names = oracle_layouts.layout(text)
+    layers = list(oracle_layouts.at(text, names.layers))
     config = text.config
     old = config._attn_implementation_internal
     handles = []
 
     def heads(module, args, layer):
-        z = args[0].clone()
-        d = module.in_features // config.num_attention_heads
-        for kind in ("ScaleHead", "ReplaceHead"):
-            for edit in plan:
-                if type(edit).__name__ != kind:
-                    continue
-                for m, (at, head) in enumerate(edit.heads):
-                    if at != layer:
-                        continue
-                    for row in range(z.shape[0]):
-                        for i in range(z.shape[1]):
-                            if not applies(edit, roles[row][i], row):
-                                continue
-                            span = slice(head * d, (head + 1) * d)
-                            if kind == "ScaleHead":
-                                z[row, i, span] *= edit.by
-                                continue
-                            value = torch.tensor(edit.value.tolist(), dtype=z.dtype)
-                            if value.ndim == 4:
-                                if roles[row][i] != "generated":
-                                    z[row, i, span] = value[row, i, m]
-                            else:
-                                z[row, i, span] = value if value.ndim == 1 else value[m]
-        return (z,)
+        z = args[0].unflatten(-1, (config.num_attention_heads, -1))
+        return (oracle_edits.heads(z, layer, plan, roles).flatten(-2),)
 
     def neurons(module, args, layer):
-        a = args[0].clone()
-        for edit in plan:
-            if type(edit).__name__ == "ScaleNeurons":
-                for at, index in edit.neurons:
-                    for row in range(a.shape[0]) if at == layer else ():
-                        for i in range(a.shape[1]):
-                            if applies(edit, roles[row][i], row):
-                                a[row, i, list(index)] *= edit.by
-        return (a,)
+        return (oracle_edits.neurons(args[0], layer, plan, roles),)
 
     def vectors(hidden, layer, site):
-        hidden = hidden.clone()
-        for kind in ("AddVector", "ReplaceVector"):
-            for edit in plan:
-                if type(edit).__name__ != kind or edit.site != site or layer not in edit.layers:
-                    continue
-                v = torch.tensor(edit.vector.tolist(), dtype=hidden.dtype)
-                v = v if v.ndim == 1 else v[edit.layers.index(layer)]
-                for row in range(hidden.shape[0]):
-                    for i in range(hidden.shape[1]):
-                        if applies(edit, roles[row][i], row):
-                            hidden[row, i] = hidden[row, i] + edit.by * v if kind == "AddVector" else v
-        return hidden
+        return oracle_edits.vectors(hidden, layer, site, plan, roles)
 
     def post(site, layer):
         def hook(module, args, out):
@@ -163,22 +119,24 @@ def installed(model, plan, roles):
 
     try:
         config._attn_implementation_internal = "oracle"
-        for n, layer in enumerate(text.layers):
-            layer.self_attn._oracle = (plan, roles)
+        for n, layer in enumerate(layers):
+            part = functools.partial(oracle_layouts.at, layer)
+            part(names.attention)._oracle = (plan, roles)
             handles += [
-                layer.self_attn.o_proj.register_forward_pre_hook(lambda m, a, n=n: heads(m, a, n)),
-                layer.mlp.down_proj.register_forward_pre_hook(lambda m, a, n=n: neurons(m, a, n)),
+                part(names.out).register_forward_pre_hook(lambda m, a, n=n: heads(m, a, n)),
                 layer.register_forward_pre_hook(lambda m, a, n=n: (vectors(a[0], n, "resid_pre"), *a[1:])),
                 layer.register_forward_hook(post("resid_post", n)),
-                layer.self_attn.register_forward_hook(post("attn_out", n)),
-                layer.mlp.register_forward_hook(post("mlp_out", n)),
+                part(names.attn_out).register_forward_hook(post("attn_out", n)),
+                part(names.mlp_out).register_forward_hook(post("mlp_out", n)),
             ]
+            if names.down is not None:
+                handles.append(part(names.down).register_forward_pre_hook(lambda m, a, n=n: neurons(m, a, n)))
         yield
     finally:
         for handle in handles:
             handle.remove()
-        for layer in text.layers:
-            del layer.self_attn._oracle
+        for layer in layers:
+            del oracle_layouts.at(layer, names.attention)._oracle
         config._attn_implementation_internal = old
 
 
