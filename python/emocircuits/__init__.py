@@ -2,7 +2,17 @@
 
 from emocircuits import presets
 from emocircuits.circuit import Circuit
-from emocircuits.edits import AddVector, BoostRoute, ReplaceHead, ReplaceVector, ScaleHead, ScaleNeurons
+from emocircuits.edits import (
+    AddHead,
+    AddNeurons,
+    AddVector,
+    BoostRoute,
+    ReplaceHead,
+    ReplaceNeurons,
+    ReplaceVector,
+    ScaleHead,
+    ScaleNeurons,
+)
 from emocircuits.patching import Patched, patch
 from emocircuits.plan import Plan
 from emocircuits.veena import VEENA
@@ -11,12 +21,15 @@ from emokernels._version import __version__
 
 __all__ = [
     "VEENA",
+    "AddHead",
+    "AddNeurons",
     "AddVector",
     "BoostRoute",
     "Circuit",
     "Patched",
     "Plan",
     "ReplaceHead",
+    "ReplaceNeurons",
     "ReplaceVector",
     "Role",
     "ScaleHead",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from emocircuits.edits import Edit, ScaleNeurons
+from emocircuits.edits import Edit, NeuronEdit, ScaleNeurons
 from emocircuits.families import Handle
 from emocircuits.plan import Plan
 from emokernels import Role, fold_gain
@@ -25,7 +25,7 @@ def split(plan: Plan) -> tuple[Gains, Plan]:
     """The neuron gains of a plan, ``{layer: {neuron: gain}}``, and the plan of everything else.
 
     Raises:
-        ValueError: a ScaleNeurons edit is not constant; the message says what it depends on.
+        ValueError: a ScaleNeurons edit is not constant, or meets another neuron edit; the message says which.
     """
     gains: Gains = {}
     rest: list[Edit] = []
@@ -43,6 +43,14 @@ def split(plan: Plan) -> tuple[Gains, Plan]:
             of_layer = gains.setdefault(layer, {})
             for neuron in index:
                 of_layer[neuron] = of_layer.get(neuron, 1.0) * edit.by
+    for edit in rest:
+        for layer, index in edit.neurons if isinstance(edit, NeuronEdit) else ():
+            both = sorted(gains.get(layer, {}).keys() & set(index))
+            if both:
+                raise ValueError(
+                    f"neuron {both[0]} of layer {layer} cannot be folded: {type(edit).__name__} acts on it after its "
+                    "factor, and weights come after both; patch with fold=False"
+                )
     return gains, Plan(rest)
 
 

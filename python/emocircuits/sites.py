@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from emocircuits import attention as hf_attention
 from emocircuits.context import Context
-from emocircuits.edits import AddVector, ReplaceVector, ScaleNeurons, Site
+from emocircuits.edits import ATTENTION, NEURONS, Site
 from emocircuits.families import Handle
 from emocircuits.plan import Plan
 from emocircuits.tables import LayerTables
@@ -25,7 +25,6 @@ from emokernels import Routes
 from emokernels.attention import prepare_step
 from emokernels.attention import run as run_attention
 
-ATTENTION, NEURONS = "attention", "neurons"
 Place = tuple[int, str]
 Tap = Callable[["Tapped"], None]
 
@@ -58,14 +57,7 @@ class State:
 
 def places(plan: Plan) -> set[Place]:
     """(layer, what is edited there): ``ATTENTION``, ``NEURONS`` or a vector site."""
-    found: set[Place] = set()
-    for edit in plan:
-        if isinstance(edit, AddVector | ReplaceVector):
-            kind: str = edit.site
-        else:
-            kind = NEURONS if isinstance(edit, ScaleNeurons) else ATTENTION
-        found |= {(layer, kind) for layer in edit.layers_used()}
-    return found
+    return {(layer, edit.place()) for edit in plan for layer in edit.layers_used()}
 
 
 def install(place: Place, handle: Handle, state: State, changes: Changes) -> None:

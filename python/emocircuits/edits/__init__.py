@@ -1,0 +1,48 @@
+"""The edits a Plan is made of: plain, frozen, hashable values that name what changes and by how much.
+
+Every edit says *where* (layers, heads or neurons), *which rows* (``to``: roles of the destination tokens, ``phase``,
+and ``rows`` of the batch) and *what* (a factor or a vector). Nothing here touches a model or a device.
+"""
+
+from __future__ import annotations
+
+from emocircuits.edits.arrays import FrozenArray
+from emocircuits.edits.base import ATTENTION, NEURONS, PHASES, ROLE_NAMES, Edit, Phase
+from emocircuits.edits.heads import READINGS, AddHead, BoostRoute, HeadEdit, Reading, ReplaceHead, ScaleHead
+from emocircuits.edits.neurons import AddNeurons, NeuronEdit, ReplaceNeurons, ScaleNeurons
+from emocircuits.edits.vectors import SITES, AddVector, ReplaceVector, Site, VectorEdit
+
+__all__ = [
+    "ATTENTION",
+    "EDITS",
+    "NEURONS",
+    "PHASES",
+    "READINGS",
+    "ROLE_NAMES",
+    "SITES",
+    "AddHead",
+    "AddNeurons",
+    "AddVector",
+    "BoostRoute",
+    "Edit",
+    "FrozenArray",
+    "HeadEdit",
+    "NeuronEdit",
+    "Phase",
+    "Reading",
+    "ReplaceHead",
+    "ReplaceNeurons",
+    "ReplaceVector",
+    "ScaleHead",
+    "ScaleNeurons",
+    "Site",
+    "VectorEdit",
+]
+
+EDITS: dict[str, type[Edit]] = {
+    c.__name__: c
+    for c in (
+        BoostRoute, ScaleHead, AddHead, ReplaceHead, ScaleNeurons, AddNeurons, ReplaceNeurons, AddVector, ReplaceVector,
+    )
+}  # fmt: skip
+"""Every kind of edit by its name in JSON."""

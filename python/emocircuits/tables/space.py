@@ -1,0 +1,67 @@
+"""How tables are indexed: by batch row (one for all, when no edit names batch rows) and by role of the token."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+
+import torch
+from torch import Tensor
+
+from emocircuits.edits import Edit
+from emocircuits.families import Geometry
+from emokernels import Role
+
+R = len(Role)
+GENERATED = int(Role.GENERATED)
+
+
+@dc.dataclass(frozen=True)
+class Space:
+    """Sizes, device and precision of the tables of one plan.
+
+    Attributes:
+        rows: 1, or the batch when the plan names batch rows.
+        dtype: of values and vectors; factors and routes are float32 (float64 for a float64 model).
+    """
+
+    geometry: Geometry
+    rows: int
+    batch: int
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def exact(self) -> torch.dtype:
+        """What factors are kept in."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    @property
+    def kinds(self) -> int:
+        """Kinds of token that tables tell apart."""
+        return R
+
+    def full(self, shape: tuple[int, ...], value: float, dtype: torch.dtype | None = None) -> Tensor:
+        """A table ``[rows, kinds, *shape]`` filled with ``value``."""
+        return torch.full((self.rows, self.kinds, *shape), value, device=self.device, dtype=dtype or self.exact)
+
+    def selection(self, edit: Edit) -> tuple[Tensor, Tensor]:
+        """Batch rows ``[n]`` and kinds ``[n]`` of the table rows that an edit changes."""
+        rows = range(self.rows) if edit.rows is None else edit.rows
+        pairs = [(row, int(role)) for row in rows for role in edit.destinations()]
+        index = torch.tensor(pairs, device=self.device).T
+        return index[0], index[1]
+
+
+def by_row(table: Tensor, kinds: Tensor) -> Tensor:
+    """Pick the row of ``table`` ``[B|1, kinds, ...]`` for each token: ``[B, N, ...]``."""
+    if table.shape[0] == 1:
+        return table[0][kinds.long()]
+    rows = torch.arange(table.shape[0], device=table.device)[:, None]
+    return table[rows, kinds.long()]
+
+
+def phases(changes: Tensor) -> frozenset[str]:
+    """The phases in which any entry of ``changes [B|1, kinds, ...]`` (bool) is set."""
+    by_kind = changes.movedim(1, 0).flatten(1).any(1).tolist()
+    decode = by_kind.pop(GENERATED)
+    return frozenset({"prefill"} if any(by_kind) else ()) | frozenset({"decode"} if decode else ())

@@ -1,0 +1,138 @@
+"""Every edit, alone and all together, against plain loops in float64: padded batches, prefill and decode."""
+
+import models
+import oracle
+import pytest
+import torch
+from random_plans import random_plan
+from test_patching import check, forward
+
+from emocircuits import (
+    AddHead,
+    AddNeurons,
+    Plan,
+    ReplaceHead,
+    ReplaceNeurons,
+    ScaleHead,
+    ScaleNeurons,
+    patch,
+)
+from emocircuits.families import open_model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return models.build("llava", dtype=torch.float64)
+
+
+def batch(model):
+    """Three prompts of different lengths, padded on the left."""
+    return models.batch(
+        [models.prompt(model, 3, 5), models.prompt(model, 1, 9, seed=1), models.prompt(model, 2, 2, seed=2)]
+    )
+
+
+def vector(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_random_plans(model, seed, cache):
+    plan = random_plan(open_model(model).geometry, seed)
+    options = {"cache_implementation": "static"} if cache == "static" else {}
+    check(model, batch(model), plan, **options)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_rows_with_different_random_plans(model, seed):
+    geometry = open_model(model).geometry
+    plan = Plan.per_row([random_plan(geometry, seed), Plan(), random_plan(geometry, seed + 100)])
+    check(model, batch(model), plan)
+
+
+ALONE = {
+    "add to heads": lambda: [AddHead([(0, 1), (2, 3)], vector(2, 8), by=2.0)],
+    "one vector for all heads": lambda: [AddHead([(0, 1), (2, 3)], vector(8), to=["query", "generated"])],
+    "scale, then add, then replace": lambda: [
+        ReplaceHead([(1, 1)], vector(8), to="last"),
+        AddHead([(1, 1), (1, 2)], vector(8), by=0.5),
+        ScaleHead([(1, 1), (1, 2)], by=-2.0),
+        AddHead([(1, 2)], vector(8, seed=1), phase="decode"),
+    ],
+    "add to neurons": lambda: [AddNeurons({2: [5, 1], 0: [7]}, [1.0, 2.0, 3.0], by=4.0)],
+    "set neurons": lambda: [ReplaceNeurons({1: [5, 40], 2: [0]}, 3.0, to=["query", "generated"])],
+    "set neurons everywhere": lambda: [ReplaceNeurons({1: [5, 40], 2: [0]}, [3.0, -2.0, 5.0])],
+    "scale, add and set neurons": lambda: [
+        ReplaceNeurons({1: [5]}, 2.0, to="generated"),
+        AddNeurons({1: [5, 6]}, 3.0),
+        ScaleNeurons({1: [5, 6, 7]}, by=-2.0),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_one_edit_alone(model, name):
+    check(model, batch(model), Plan(ALONE[name]()))
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_json(name):
+    plan = Plan(ALONE[name]())
+    again = Plan.from_json(plan.to_json())
+    assert again == plan
+    assert hash(again) == hash(plan)
+    assert again.to_json() == plan.to_json()
+
+
+def test_values_follow_their_neurons():
+    """Layers are sorted in a plan; the values move along."""
+    edit = AddNeurons({2: [5, 1], 0: [7]}, [1.0, 2.0, 3.0])
+    assert edit.neurons == ((0, (7,)), (2, (5, 1)))
+    assert edit.values() == {0: [3.0], 2: [1.0, 2.0]}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: AddHead([(0, 0)], torch.ones(2, 8)), "n_heads"),
+        (lambda: AddHead([(0, 0)], torch.ones(8), by=float("nan")), "finite"),
+        (lambda: AddHead([(0, 0)]), "non-empty"),
+        (lambda: AddNeurons({0: [1, 2]}, [1.0]), r"expected a number or \[2\]"),
+        (lambda: ReplaceNeurons({0: [1, 2]}), "non-empty"),
+        (lambda: ReplaceNeurons({0: [1, 2]}, "many"), "numbers"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(make, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (AddHead([(7, 0)], torch.ones(8)), "no layer 7"),
+        (AddHead([(0, 4)], torch.ones(8)), "no head 4"),
+        (AddHead([(0, 0)], torch.ones(9)), "vector has length 9; this model needs 8"),
+        (AddNeurons({0: [48]}, 1.0), "no neuron 48"),
+        (ReplaceNeurons({3: [4]}, 1.0), "no layer 3"),
+    ],
+)
+def test_what_the_model_does_not_have_is_refused(model, edit, message):
+    with pytest.raises(ValueError, match=message), patch(model, Plan([edit])):
+        pass
+
+
+def test_folding_refuses_a_neuron_that_is_also_added_to(model):
+    gain = ScaleNeurons({1: [5]}, by=2.0)
+    with (
+        pytest.raises(ValueError, match="neuron 5 of layer 1"),
+        patch(model, Plan([gain, AddNeurons({1: [5]}, 1.0)]), fold=True),
+    ):
+        pass
+    other = Plan([gain, AddNeurons({1: [6]}, 1.0)])
+    inputs = batch(model)
+    with patch(model, other, fold=True):
+        folded = forward(model, inputs)
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(folded[real], oracle.logits(model, inputs, other)[real], rtol=1e-9, atol=1e-9)
