@@ -77,7 +77,7 @@ def unchanged(layer, x):
 def published(
     model, logits=unchanged, weights=unchanged, z=unchanged, neurons=unchanged, mlp=unchanged, post=unchanged
 ):
-    """The model with formulas in it, of logits and weights ``[B, H, N, N]``, z ``[B, N, H, D]``, others ``[B, N, d]``."""
+    """The model with formulas: of logits and weights ``[B, H, N, N]``, z ``[B, N, H, D]``, others ``[B, N, d]``."""
     text = model.model.language_model
     old, handles = text.config._attn_implementation_internal, []
 

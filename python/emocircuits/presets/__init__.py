@@ -1,5 +1,7 @@
 """Published interventions as plans of a few lines, each with its source and a test against its formula."""
 
+from emocircuits.presets.contrast import Contrast
+from emocircuits.presets.decoding import icd, pai_guidance, vcd, vcd_noise
 from emocircuits.presets.heads import vseam
 from emocircuits.presets.neurons import hones
 from emocircuits.presets.registry import PRESETS, Preset
@@ -8,13 +10,18 @@ from emocircuits.presets.vectors import caa
 
 __all__ = [
     "PRESETS",
+    "Contrast",
     "Preset",
     "adhh",
     "caa",
     "hones",
+    "icd",
     "knockout",
     "pai",
+    "pai_guidance",
     "temperature",
     "vaf",
+    "vcd",
+    "vcd_noise",
     "vseam",
 ]
