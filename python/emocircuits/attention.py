@@ -17,6 +17,7 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 OVER_STOCK = "emokernels"
 OVER_EAGER = "emokernels_on_eager"
 SITE = "_emocircuits_site"
+TAP = "_emocircuits_tap"
 # Arguments of an attention function that the stock SDPA path has no short cut for, and those that no edit can follow.
 _SPECIAL = ("s_aux", "position_bias", "cache", "softcap")
 _REFUSED = ("s_aux", "position_bias", "cache")
@@ -56,6 +57,10 @@ def _over(stock: Callable[[Any], Callable[..., Any]]) -> Callable[..., tuple[Ten
     def forward(
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
+        # A tap only looks: whatever computes the layer computes it as it would without one.
+        tap = module.__dict__.get(TAP)
+        if tap is not None:
+            _problem(tap, module, query, key, value, attention_mask, **kwargs)
         site: AttentionSite | None = module.__dict__.get(SITE)
         if site is None or not site.active():
             if stock is _sdpa and attention_mask is None and query.shape[2] == 1 and _is_bare(query, kwargs):
@@ -65,7 +70,7 @@ def _over(stock: Callable[[Any], Callable[..., Any]]) -> Callable[..., tuple[Ten
                 )
                 return z.transpose(1, 2).contiguous(), None
             return stock(module)(module, query, key, value, attention_mask, **kwargs)
-        return _edited(site, module, query, key, value, attention_mask, **kwargs), None
+        return _problem(site, module, query, key, value, attention_mask, **kwargs), None
 
     return forward
 
@@ -83,8 +88,8 @@ def _is_bare(query: Tensor, options: dict[str, Any]) -> bool:
     )
 
 
-def _edited(
-    site: AttentionSite,
+def _problem(
+    take: Callable[..., Any],
     module: Any,
     query: Tensor,
     key: Tensor,
@@ -95,22 +100,23 @@ def _edited(
     is_causal: bool | None = None,
     softcap: float | None = None,
     **kwargs: Any,
-) -> Tensor:
+) -> Any:
+    """What ``take``, a site or a tap, makes of one call: its arguments are checked, and no key is beyond a prompt."""
     for name in _REFUSED:
         if kwargs.get(name) is not None:
             raise NotImplementedError(
-                f"attention with {name} cannot be edited yet; remove the edits of layer {_layer(module)}"
+                f"attention with {name} cannot be edited or read yet; leave out layer {_layer(module)}"
             )
     if dropout:
         raise NotImplementedError(
-            f"attention dropout is {dropout} in layer {_layer(module)}; call model.eval() before editing it"
+            f"attention dropout is {dropout} in layer {_layer(module)}; call model.eval() before editing or reading it"
         )
     rows = query.shape[2]
     causal = attention_mask is None and rows > 1 and bool(module.is_causal if is_causal is None else is_causal)
     if causal and key.shape[2] > rows:
         # Prefill into a static cache: the columns after the prompt are still empty.
         key, value = key[:, :, :rows], value[:, :, :rows]
-    return site(query, key, value, attention_mask, scaling=scaling, causal=causal, softcap=softcap)
+    return take(query, key, value, attention_mask, scaling=scaling, causal=causal, softcap=softcap)
 
 
 def _eager(module: Any) -> Callable[..., Any]:
