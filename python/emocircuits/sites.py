@@ -20,6 +20,7 @@ from emocircuits.edits import ATTENTION, NEURONS, Site
 from emocircuits.families import Handle
 from emocircuits.plan import Plan
 from emocircuits.tables import LayerTables
+from emocircuits.tables.gates import Attention, gated
 from emocircuits.undo import Changes
 from emokernels import Routes
 from emokernels.attention import prepare_step
@@ -110,6 +111,9 @@ class AttentionSite:
             routes = tables.routes
             heads = None if tables.heads is None else tables.heads.edits(context.rows, context.prefill)
         roles = context.key_roles(key.shape[2])
+        if tables is not None and tables.gates:
+            call = Attention(query, key, mask, scaling, causal, softcap, roles)
+            heads = gated(tables.gates, heads, call, context.rows, context.phases)
         if (
             tables is not None
             and routes is not None

@@ -138,11 +138,11 @@ def inputs(model):
     return models.batch([models.prompt(model, 3, 5), models.prompt(model, 1, 9, seed=1)])
 
 
-def check(model, inputs, plan, **formulas):
+def check(model, inputs, plan, tolerance=1e-10, **formulas):
     """A patched generation equals the formulas, and the formulas do something."""
     tokens, steps = generate(model, inputs, plan)
     expected = reference(model, inputs, tokens, **formulas)
-    assert (steps - expected).abs().max() <= 1e-10 * expected.abs().max()
+    assert (steps - expected).abs().max() <= tolerance * expected.abs().max()
     plain = reference(model, inputs, tokens)
     assert (plain - expected).abs().max() > 1e-3 * expected.abs().max(), "the formula changed nothing"
 
@@ -240,6 +240,52 @@ def test_caa(model, inputs, where):
         return h - 1.5 * vector.double() * where.emits[..., None] if layer == 1 else h
 
     check(model, inputs, presets.caa(model, 1, vector, -1.5), post=post)
+
+
+def test_iti(model, inputs, where):
+    heads = [(0, 1), (2, 0), (2, 3)]
+    g = torch.Generator().manual_seed(2)
+    directions, sigma = torch.randn(3, DIM, generator=g), torch.tensor([0.5, 1.0, 2.0])
+
+    def z(layer, x):
+        x = x.clone()
+        for (at, head), theta, spread in zip(heads, directions.double(), sigma.double(), strict=True):
+            if at == layer:
+                x[:, :, head] += where.emits[..., None] * 1.5 * spread * theta / theta.norm()
+        return x
+
+    # a plan keeps vectors in float32
+    check(model, inputs, presets.iti(model, heads, directions, sigma, 1.5), tolerance=1e-6, z=z)
+
+
+@pytest.mark.parametrize("measure", ["logits", "weights"])
+def test_spin(model, inputs, where, measure):
+    """As in attentionSPIN.py: scores of a layer, their order, a mask on head outputs."""
+    score = {}
+
+    def logits(layer, s):
+        score[layer] = s
+        return s
+
+    def z(layer, x):
+        if layer == 0:
+            return x
+        s, n = score[layer], x.shape[1]
+        visible = torch.ones(n, n, dtype=torch.bool).tril() & inputs_real(inputs, n)[:, None, None, :]
+        if measure == "weights":
+            s = s.masked_fill(~visible, -torch.inf).softmax(-1).nan_to_num()
+        total = (s * block(where.emits, where.image)).sum(-1).mT  # [B, N, H]
+        gate = (total / total.std(-1, keepdim=True)).softmax(-1)
+        kept = torch.nn.functional.one_hot(gate.argsort(-1, descending=True)[..., :2], HEADS).sum(-2).bool()
+        return torch.where((where.emits[..., None] & ~kept)[..., None], 0.1 * x, x)
+
+    plan = presets.spin(model, 0.6, 0.1, layers=(1, 2), measure=measure)  # int(0.6 * 4) heads are kept
+    check(model, inputs, plan, logits=logits, z=z)
+
+
+def inputs_real(inputs, columns):
+    mask = inputs["attention_mask"].bool()
+    return torch.nn.functional.pad(mask, (0, columns - mask.shape[1]), value=True)
 
 
 def test_rows_and_sums(model, inputs, where):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from emocircuits.edits.arrays import FrozenArray
 from emocircuits.edits.base import ATTENTION, NEURONS, PHASES, ROLE_NAMES, Edit, Phase
+from emocircuits.edits.gates import GateHeads
 from emocircuits.edits.heads import READINGS, AddHead, BoostRoute, HeadEdit, Reading, ReplaceHead, ScaleHead
 from emocircuits.edits.neurons import AddNeurons, NeuronEdit, ReplaceNeurons, ScaleNeurons
 from emocircuits.edits.vectors import SITES, AddVector, ReplaceVector, Site, VectorEdit
@@ -26,6 +27,7 @@ __all__ = [
     "BoostRoute",
     "Edit",
     "FrozenArray",
+    "GateHeads",
     "HeadEdit",
     "NeuronEdit",
     "Phase",
@@ -42,7 +44,8 @@ __all__ = [
 EDITS: dict[str, type[Edit]] = {
     c.__name__: c
     for c in (
-        BoostRoute, ScaleHead, AddHead, ReplaceHead, ScaleNeurons, AddNeurons, ReplaceNeurons, AddVector, ReplaceVector,
+        BoostRoute, GateHeads, ScaleHead, AddHead, ReplaceHead, ScaleNeurons, AddNeurons, ReplaceNeurons, AddVector,
+        ReplaceVector,
     )
 }  # fmt: skip
 """Every kind of edit by its name in JSON."""

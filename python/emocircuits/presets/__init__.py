@@ -2,7 +2,7 @@
 
 from emocircuits.presets.contrast import Contrast
 from emocircuits.presets.decoding import icd, pai_guidance, vcd, vcd_noise
-from emocircuits.presets.heads import vseam
+from emocircuits.presets.heads import iti, spin, vseam
 from emocircuits.presets.neurons import hones
 from emocircuits.presets.registry import PRESETS, Preset
 from emocircuits.presets.routes import adhh, knockout, pai, temperature, vaf
@@ -16,9 +16,11 @@ __all__ = [
     "caa",
     "hones",
     "icd",
+    "iti",
     "knockout",
     "pai",
     "pai_guidance",
+    "spin",
     "temperature",
     "vaf",
     "vcd",

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from emocircuits.edits import AddHead, BoostRoute, NeuronEdit, ReplaceHead, ScaleHead, VectorEdit
+from emocircuits.edits import AddHead, BoostRoute, GateHeads, NeuronEdit, ReplaceHead, ScaleHead, VectorEdit
 from emocircuits.families import Geometry
 from emocircuits.plan import Plan
 from emocircuits.tables.attention import HeadBuilder, RouteBuilder
+from emocircuits.tables.gates import GateTable
 from emocircuits.tables.layer import LayerTables
 from emocircuits.tables.neurons import NeuronBuilder
 from emocircuits.tables.space import Space
@@ -56,6 +57,7 @@ class _LayerBuilder:
     def __init__(self, space: Space) -> None:
         self.space = space
         self.routes, self.heads, self.neurons = RouteBuilder(space), HeadBuilder(space), NeuronBuilder(space)
+        self.gates: dict[str, GateTable] = {}
         self.vectors: dict[str, VectorBuilder] = {}
 
     def add(self, edit: object, layer: int) -> None:
@@ -63,6 +65,8 @@ class _LayerBuilder:
             self.routes.add(edit, layer)
         elif isinstance(edit, ScaleHead | AddHead | ReplaceHead):
             self.heads.add(edit, layer)
+        elif isinstance(edit, GateHeads):
+            self.gates[str(len(self.gates))] = GateTable.of(edit, self.space)
         elif isinstance(edit, NeuronEdit):
             self.neurons.add(edit, layer)
         elif isinstance(edit, VectorEdit):
@@ -78,9 +82,10 @@ class _LayerBuilder:
         return LayerTables(
             routes=routes,
             heads=heads,
+            gates=self.gates,
             neurons=neurons,
             vectors={site: table for site, (table, _) in vectors.items()},
-            attention_phases=route_phases | head_phases,
+            attention_phases=route_phases.union(head_phases, *(gate.active for gate in self.gates.values())),
             neuron_phases=neuron_phases,
             vector_phases={site: active for site, (_, active) in vectors.items()},
         )
