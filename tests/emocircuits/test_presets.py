@@ -1,130 +1,11 @@
-"""Presets against their published formulas: full attention matrices in float64 on real forward passes and generations.
-
-The reference runs the prompt and the generated tokens as one sequence, without a cache and without any code of the
-package; what a row or key is comes from positions in ``input_ids``.
-"""
-
-import contextlib
-import dataclasses as dc
+"""Presets against their published formulas: full attention matrices in float64 on real generations."""
 
 import models
 import pytest
 import torch
-from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface, eager_mask
+from published import DIM, HEADS, LAYERS, NEURONS, STEPS, Where, block, check
 
-from emocircuits import Plan, patch, presets
-
-STEPS = 4
-SUPPRESS = [models.IMAGE, models.PAD]
-LAYERS, HEADS, DIM, NEURONS = 3, 4, 8, 48
-
-
-@dc.dataclass
-class Where:
-    """Bool masks ``[B, N]`` over the columns of a left-padded sequence whose prompt ends at column ``prompt - 1``."""
-
-    image: torch.Tensor
-    before: torch.Tensor  # text before the image
-    after: torch.Tensor  # text after it, last prompt token and generated ones included
-    emits: torch.Tensor  # rows that emit a token: the last prompt row and every generated one
-    generated: torch.Tensor
-
-    @classmethod
-    def of(cls, inputs, generated):
-        ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
-        prompt = ids.shape[1]
-        columns = torch.arange(prompt + generated)
-        grow = lambda m, value: torch.nn.functional.pad(m, (0, generated), value=value)  # noqa: E731
-        image = grow((ids == models.IMAGE) & mask, False)
-        seen = image.cumsum(1) > 0
-        real = grow(mask, True)
-        rows = torch.ones(ids.shape[0], 1, dtype=torch.bool)
-        return cls(
-            image=image,
-            before=real & ~seen,
-            after=real & seen & ~image,
-            emits=rows & (columns >= prompt - 1),
-            generated=rows & (columns >= prompt),
-        )
-
-
-def block(rows, keys):
-    """``[B, 1, N, N]``: these rows and these keys."""
-    return rows[:, None, :, None] & keys[:, None, None, :]
-
-
-def _attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    logits, weights = module._published
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    s = query @ key.mT * scaling
-    visible = attention_mask if attention_mask.dtype == torch.bool else attention_mask > -1e30
-    s = logits(module.layer_idx, s).masked_fill(~visible[:, :, : s.shape[2], : s.shape[3]], -torch.inf)
-    p = weights(module.layer_idx, torch.nan_to_num(s.softmax(-1)))
-    return (p @ value).transpose(1, 2), None
-
-
-AttentionInterface.register("published", _attention)
-AttentionMaskInterface.register("published", eager_mask)
-
-
-def unchanged(layer, x):
-    return x
-
-
-@contextlib.contextmanager
-def published(
-    model, logits=unchanged, weights=unchanged, z=unchanged, neurons=unchanged, mlp=unchanged, post=unchanged
-):
-    """The model with formulas: of logits and weights ``[B, H, N, N]``, z ``[B, N, H, D]``, others ``[B, N, d]``."""
-    text = model.model.language_model
-    old, handles = text.config._attn_implementation_internal, []
-
-    def split(layer, x):
-        return z(layer, x.unflatten(-1, (HEADS, DIM))).flatten(-2)
-
-    def output(f, n):
-        return lambda m, a, out: (f(n, out[0]), *out[1:]) if isinstance(out, tuple) else f(n, out)
-
-    try:
-        text.config._attn_implementation_internal = "published"
-        for n, layer in enumerate(text.layers):
-            layer.self_attn._published = (logits, weights)
-            handles += [
-                layer.self_attn.o_proj.register_forward_pre_hook(lambda m, a, n=n: (split(n, a[0]),)),
-                layer.mlp.down_proj.register_forward_pre_hook(lambda m, a, n=n: (neurons(n, a[0]),)),
-                layer.mlp.register_forward_hook(output(mlp, n)),
-                layer.register_forward_hook(output(post, n)),
-            ]
-        yield
-    finally:
-        text.config._attn_implementation_internal = old
-        for handle in handles:
-            handle.remove()
-
-
-@torch.no_grad()
-def reference(model, inputs, tokens, **formulas):
-    """Logits ``[B, T, V]`` that chose ``tokens [B, T]``."""
-    inputs = dict(inputs)
-    n = inputs["input_ids"].shape[1]
-    inputs["input_ids"] = torch.cat([inputs["input_ids"], tokens[:, :-1]], 1)
-    inputs["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(tokens[:, :-1])], 1)
-    inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-    with published(model, **formulas):
-        return model(**inputs, use_cache=False).logits[:, n - 1 :]
-
-
-@torch.no_grad()
-def generate(model, inputs, plan, **options):
-    """Greedy tokens ``[B, T]`` of the patched model, and the logits they came from (generate() rounds its own)."""
-    steps = []
-    with patch(model, plan):
-        hook = model.lm_head.register_forward_hook(lambda m, a, out: steps.append(out[:, -1]))
-        out = model.generate(**inputs, max_new_tokens=STEPS, do_sample=False, suppress_tokens=SUPPRESS, **options)
-        hook.remove()
-    return out[:, inputs["input_ids"].shape[1] :], torch.stack(steps, 1)
+from emocircuits import Plan, presets
 
 
 @pytest.fixture(scope="module")
@@ -136,15 +17,6 @@ def model():
 def inputs(model):
     """Two prompts of different lengths, left-padded."""
     return models.batch([models.prompt(model, 3, 5), models.prompt(model, 1, 9, seed=1)])
-
-
-def check(model, inputs, plan, tolerance=1e-10, **formulas):
-    """A patched generation equals the formulas, and the formulas do something."""
-    tokens, steps = generate(model, inputs, plan)
-    expected = reference(model, inputs, tokens, **formulas)
-    assert (steps - expected).abs().max() <= tolerance * expected.abs().max()
-    plain = reference(model, inputs, tokens)
-    assert (plain - expected).abs().max() > 1e-3 * expected.abs().max(), "the formula changed nothing"
 
 
 @pytest.fixture
@@ -261,31 +133,26 @@ def test_iti(model, inputs, where):
 @pytest.mark.parametrize("measure", ["logits", "weights"])
 def test_spin(model, inputs, where, measure):
     """As in attentionSPIN.py: scores of a layer, their order, a mask on head outputs."""
-    score = {}
+    seen = {}
 
     def logits(layer, s):
-        score[layer] = s
+        seen[layer, "logits"] = s
         return s
+
+    def weights(layer, p):
+        seen[layer, "weights"] = p
+        return p
 
     def z(layer, x):
         if layer == 0:
             return x
-        s, n = score[layer], x.shape[1]
-        visible = torch.ones(n, n, dtype=torch.bool).tril() & inputs_real(inputs, n)[:, None, None, :]
-        if measure == "weights":
-            s = s.masked_fill(~visible, -torch.inf).softmax(-1).nan_to_num()
-        total = (s * block(where.emits, where.image)).sum(-1).mT  # [B, N, H]
+        total = (seen[layer, measure] * block(where.emits, where.image)).sum(-1).mT  # [B, N, H]
         gate = (total / total.std(-1, keepdim=True)).softmax(-1)
         kept = torch.nn.functional.one_hot(gate.argsort(-1, descending=True)[..., :2], HEADS).sum(-2).bool()
         return torch.where((where.emits[..., None] & ~kept)[..., None], 0.1 * x, x)
 
     plan = presets.spin(model, 0.6, 0.1, layers=(1, 2), measure=measure)  # int(0.6 * 4) heads are kept
-    check(model, inputs, plan, logits=logits, z=z)
-
-
-def inputs_real(inputs, columns):
-    mask = inputs["attention_mask"].bool()
-    return torch.nn.functional.pad(mask, (0, columns - mask.shape[1]), value=True)
+    check(model, inputs, plan, logits=logits, weights=weights, z=z)
 
 
 def test_rows_and_sums(model, inputs, where):

@@ -22,7 +22,8 @@ MEASURES = ("logits", "weights")
 class GateHeads(Edit):
     """In every row, keep the heads that attend most to keys of ``source``; the output z of all others times ``by``.
 
-    Which heads these are is found anew in every row, from its own attention before routes.
+    Which heads these are is found anew in every row, from its own attention before routes. A row that sees no such key
+    is left alone.
 
     Args:
         layers: a layer or several; heads of a layer compete with each other.

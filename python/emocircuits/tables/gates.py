@@ -89,12 +89,11 @@ class GateTable:
         """Factors ``[B, n, H]`` of some rows ``[B, n]``."""
         logits, seen = attention.logits(rows)
         source = _any_of(attention.key_roles, self.source)[:, None, None, :]
+        counted = source if seen is None else source & seen
         if self.measure == "weights":
-            logits = logits if seen is None else logits.masked_fill(~seen, -torch.inf)
-            score = (logits.softmax(-1) * source).sum(-1)
-        else:
-            score = (logits * (source if seen is None else source & seen)).sum(-1)
-        score = score.transpose(1, 2)
+            logits = (logits if seen is None else logits.masked_fill(~seen, -torch.inf)).softmax(-1)
+        score = logits.masked_fill(~counted, 0.0).sum(-1).transpose(1, 2)
+        by = torch.where(counted.any(-1).any(1), by, 1.0)
         kept = score.topk(self.keep, dim=-1).indices
         return by[..., None].expand(score.shape).to(score.dtype).scatter(-1, kept, 1.0)
 

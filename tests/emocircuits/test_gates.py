@@ -1,0 +1,145 @@
+"""GateHeads against plain loops over rows, in every cache, under a compiler, and in company of other edits."""
+
+import models
+import published
+import pytest
+import torch
+from test_compiled import generate as generate_with
+from test_compiled import prompts
+
+from emocircuits import BoostRoute, GateHeads, Plan, ScaleHead, patch
+
+
+def gate(edit, layer, z, scores, visible, roles):
+    """``z [B, N, H, D]`` of one layer; ``scores`` are matrices ``[B, H, N, N]``, ``roles`` names by row and column."""
+    z = z.clone()
+    for row in range(z.shape[0]) if layer in edit.layers else ():
+        if edit.rows is not None and row not in edit.rows:
+            continue
+        for i in range(z.shape[1]):
+            if edit.to is not None and roles[row][i] not in edit.to:
+                continue
+            keys = [j for j in range(z.shape[1]) if roles[row][j] in edit.source and visible[row, 0, i, j]]
+            if not keys:
+                continue
+            score = [float(scores[row, head, i, keys].sum()) for head in range(z.shape[2])]
+            kept = sorted(range(z.shape[2]), key=lambda head: -score[head])[: edit.keep]
+            for head in range(z.shape[2]):
+                if head not in kept:
+                    z[row, i, head] *= edit.by
+    return z
+
+
+def check(model, inputs, edits, extra=(), tolerance=1e-10, **options):
+    where = published.Where.of(inputs, published.STEPS - 1)
+    last = where.emits & ~where.generated
+    names = {"visual": where.image, "system": where.before, "query": where.after & ~where.emits, "last": last}
+    names["generated"] = where.generated
+    roles = [
+        [next((n for n, mask in names.items() if mask[b, i]), "pad") for i in range(last.shape[1])]
+        for b in range(last.shape[0])
+    ]
+    seen = {}
+
+    def logits(layer, s):
+        seen[layer, "logits"] = s
+        return s
+
+    def weights(layer, p):
+        seen[layer, "weights"] = p
+        return p
+
+    def z(layer, x):
+        for edit in edits:
+            x = gate(edit, layer, x, seen[layer, edit.measure], seen[layer, "weights"] > 0, roles)
+        for edit in extra:
+            for at, head in edit.heads:
+                if at == layer:
+                    x = x.clone()
+                    x[:, :, head] *= edit.by
+        return x
+
+    plan = Plan([*edits, *extra])
+    published.check(model, inputs, plan, tolerance, options, logits=logits, weights=weights, z=z)
+
+
+EDITS = [
+    GateHeads([0], keep=1, by=0.3, source=["visual", "query"]),
+    GateHeads([1, 2], keep=2, by=-0.5, to=["query", "last"], rows=[1]),
+    # Weights tie in rows that see nothing but such keys: text after the image sees all kinds.
+    GateHeads([2], keep=2, by=0.5, to=["query", "last"], measure="weights"),
+    GateHeads([1], keep=3, by=0.0, to=["last", "generated"], source=["system", "generated"], measure="weights"),
+]
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static", "none"])
+@pytest.mark.parametrize("text", ["llama", "mistral"])
+def test_equals_loops(cache, text):
+    more = {"sliding_window": 12} if text == "mistral" else {}
+    model = models.build("llava", text, torch.float64, **more)
+    inputs = models.batch([models.prompt(model, 3, 5), models.prompt(model, 1, 9, seed=1)])
+    options = {"dynamic": {}, "static": {"cache_implementation": "static"}, "none": {"use_cache": False}}[cache]
+    check(model, inputs, EDITS, [ScaleHead([(1, 2), (0, 0)], by=1.5)], **options)
+
+
+def test_long_prompts_are_gated_in_parts(monkeypatch):
+    monkeypatch.setattr("emocircuits.tables.gates.LOGITS_AT_ONCE", 500)
+    model = models.build("llava", "llama", torch.float64)
+    check(model, models.batch([models.prompt(model, 3, 5), models.prompt(model, 1, 9, seed=1)]), EDITS[:1])
+
+
+def test_one_graph_serves_every_step_and_refill():
+    model = models.build("llava")
+    plans = [
+        Plan(
+            [
+                GateHeads([0, 2], keep=2, by=by, to=["last", "generated"]),
+                BoostRoute([(2, 1), (1, 1)], "visual", 1.0 + by, to="generated"),
+            ]
+        )
+        for by in (0.1, 0.7)
+    ]
+    inputs = prompts(model)
+    with torch.no_grad():
+        expected = []
+        for plan in plans:
+            with patch(model, plan):
+                expected.append(generate_with(model, inputs, model))
+        torch._dynamo.reset()
+        with patch(model, plans[0]) as patched:
+            step = torch.compile(model, fullgraph=True, backend="aot_eager")
+            got = [generate_with(model, inputs, step)]
+            with torch._dynamo.config.patch(error_on_recompile=True):
+                patched.replace(plans[1])
+                got.append(generate_with(model, inputs, step))
+    torch._dynamo.reset()
+    assert not torch.allclose(expected[0], expected[1])
+    for one, two in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=2e-5)
+
+
+def test_a_factor_of_one_changes_no_bit():
+    model = models.build("llava")
+    inputs = prompts(model)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        with patch(model, Plan([GateHeads([0, 1], keep=1, by=1.0)])):
+            assert torch.equal(model(**inputs).logits, expected)
+
+
+def test_what_is_refused():
+    model = models.build("llava")
+    for wrong, message in (
+        (dict(keep=0), "at least 1"),
+        (dict(keep=1.5), "at least 1"),
+        (dict(measure="mass"), "logits, weights"),
+        (dict(source=None), "source is None"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            GateHeads([0], **wrong)
+    with pytest.raises(ValueError, match="has 4 heads"), patch(model, Plan([GateHeads([0], keep=5)])):
+        pass
+    with pytest.raises(ValueError, match="text-only"), patch(models.build("text"), Plan([GateHeads([0])])):
+        pass
+    plan = Plan(EDITS)
+    assert Plan.from_json(plan.to_json()) == plan
