@@ -114,6 +114,28 @@ def test_equals_separate_runs(model, rows, name, cache):
     assert not torch.equal(alone, out.sequences), "the contrast changed nothing: the test would not notice"
 
 
+@pytest.mark.parametrize("family", ["llava_next", "llava_onevision"])
+def test_images_of_different_sizes(family):
+    """Tiles of images are stacked across branches, and a branch may hold other images than the first."""
+    model = models.build(family, "llama", torch.float64)
+    rows = [models.prompt(model, 3, 5, [(16, 16)]), models.prompt(model, 1, 9, [(16, 32)], seed=1)]
+    others = [
+        models.prompt(model, 5, 5, [(16, 16), (32, 16)], between=2, seed=5),
+        models.prompt(model, 2, 4, [], seed=6),
+    ]
+    weights = (1.4, -0.4)
+    tokens, _ = separately(model, [rows, others], weights, 0.1, lambda s: s.argmax(-1))
+    contrast = Contrast(model, [models.batch(rows), stacked(others)], weights)
+    out = contrast.generate(max_new_tokens=STEPS, do_sample=False, suppress_tokens=SUPPRESS)
+    assert torch.equal(out[:, -STEPS:], tokens)
+
+
+def stacked(rows):
+    """A batch whose second prompt has no image."""
+    text = {**rows[1], "pixel_values": rows[0]["pixel_values"][:0], "image_sizes": rows[0]["image_sizes"][:0]}
+    return models.batch([rows[0], text])
+
+
 def test_sampling_draws_one_token_a_sample(model, rows):
     contrast, branches, weights, plausibility = build("icd", model, rows)
     temperature, ours = 1.7, []
