@@ -8,6 +8,7 @@ from test_compiled import generate as generate_with
 from test_compiled import prompts
 
 from emocircuits import BoostRoute, GateHeads, Plan, ScaleHead, patch
+from emocircuits.tables.gates import Attention
 
 
 def gate(edit, layer, z, scores, visible, roles):
@@ -86,6 +87,22 @@ def test_long_prompts_are_gated_in_parts(monkeypatch):
     monkeypatch.setattr("emocircuits.tables.gates.LOGITS_AT_ONCE", 500)
     model = models.build("llava", "llama", torch.float64)
     check(model, models.batch([models.prompt(model, 3, 5), models.prompt(model, 1, 9, seed=1)]), EDITS[:1])
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_logits_of_some_rows(causal):
+    """Grouped heads, a softcap and a mask of one row for all, against the whole matrix."""
+    g = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(2, h, n, 8, dtype=torch.float64, generator=g) for h, n in ((6, 5), (2, 7)))
+    mask = None if causal else torch.rand(1, 1, 5, 7, generator=g) > 0.3
+    rows = torch.tensor([[4, 1], [0, 3]])
+    logits, seen = Attention(q, k, mask, 0.5, causal, 2.0, torch.zeros(2, 7)).logits(rows)
+    whole = 2.0 * torch.tanh(q @ k.repeat_interleave(3, 1).mT * 0.5 / 2.0)
+    visible = torch.ones(5, 7, dtype=torch.bool).tril(2) if causal else mask[0, 0]
+    for b in range(2):
+        for n in range(2):
+            torch.testing.assert_close(logits[b, :, n], whole[b, :, rows[b, n]], rtol=1e-12, atol=1e-12)
+            assert torch.equal(seen.expand(2, -1, -1, -1)[b, 0, n], visible[rows[b, n]])
 
 
 def test_one_graph_serves_every_step_and_refill():

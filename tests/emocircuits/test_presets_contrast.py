@@ -167,9 +167,9 @@ def test_beams_and_several_answers(model, rows):
 
 def test_processors_see_the_first_branch(model, rows):
     """A repetition penalty reads the first branch's prompt, whatever the others hold."""
-    inputs, texts = models.batch(rows), models.batch(textual(rows))
-    options = dict(max_new_tokens=STEPS, do_sample=False, suppress_tokens=SUPPRESS, repetition_penalty=2.0)
-    contrast = Contrast(model, [inputs, texts], (1.0, 0.0), plausibility=0.0)
+    inputs, others = models.batch(rows), models.batch(instructed(model, rows))
+    options = dict(max_new_tokens=3 * STEPS, do_sample=False, suppress_tokens=SUPPRESS, repetition_penalty=5.0)
+    contrast = Contrast(model, [inputs, others], (1.0, 0.0), plausibility=0.0)
     expected = Contrast(model, [inputs, inputs], (1.0, 0.0), plausibility=0.0).generate(**options)
     assert torch.equal(contrast.generate(**options), expected)
 
