@@ -17,8 +17,8 @@ Choice = tuple[Config, Config]
 QUERIES: dict[tuple[str, int], dict[int, Choice]] = {
     ("sm_80", 2): {
         64: (Config(128, 32, 8, 2), Config(128, 32, 8, 2)),
-        128: (Config(128, 32, 8, 2), Config(32, 64, 4, 2)),
-        256: (Config(64, 32, 8, 2), Config(32, 16, 4, 1)),
+        128: (Config(64, 64, 8, 2), Config(32, 64, 4, 2)),
+        256: (Config(64, 32, 8, 2), Config(32, 16, 8, 1)),
     },
     ("sm_90", 2): {
         64: (Config(128, 64, 8, 2), Config(128, 32, 8, 2)),
@@ -27,12 +27,12 @@ QUERIES: dict[tuple[str, int], dict[int, Choice]] = {
     },
     ("sm_100", 2): {
         64: (Config(128, 32, 8, 2), Config(128, 32, 8, 2)),
-        128: (Config(128, 64, 8, 2), Config(128, 32, 8, 2)),
+        128: (Config(128, 64, 8, 2), Config(64, 64, 8, 2)),
         256: (Config(128, 32, 8, 1), Config(128, 16, 8, 1)),
     },
     ("sm_80", 4): {
-        64: (Config(16, 32, 4, 1), Config(32, 32, 8, 1)),
-        128: (Config(16, 32, 8, 1), Config(16, 32, 8, 1)),
+        64: (Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
+        128: (Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
         256: (Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
     },
     ("sm_90", 4): {
@@ -41,8 +41,8 @@ QUERIES: dict[tuple[str, int], dict[int, Choice]] = {
         256: (Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
     },
     ("sm_100", 4): {
-        64: (Config(64, 32, 8, 1), Config(64, 32, 8, 1)),
-        128: (Config(64, 16, 8, 1), Config(64, 16, 8, 1)),
+        64: (Config(64, 32, 4, 1), Config(64, 32, 4, 1)),
+        128: (Config(64, 32, 8, 1), Config(64, 32, 8, 1)),
         256: (Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
     },
 }
@@ -54,7 +54,7 @@ KEYS: dict[tuple[str, int], dict[int, Choice]] = {
     },
     ("sm_90", 2): {
         64: (Config(64, 128, 8, 2), Config(32, 128, 8, 2)),
-        128: (Config(32, 128, 8, 2), Config(16, 128, 8, 2)),
+        128: (Config(32, 128, 8, 3), Config(16, 128, 8, 3)),
         256: (Config(32, 128, 8, 1), Config(32, 128, 8, 1)),
     },
     ("sm_100", 2): {

@@ -67,7 +67,7 @@ def products(
         total = tl.dot(a, tl.trans(b), input_precision=PRECISION)
     else:
         total = tl.zeros([M, N], tl.float32)
-        for begin in tl.static_range(0, DIM, CHUNK):
+        for begin in tl.range(0, DIM, CHUNK, num_stages=1, disable_licm=True):
             d = begin + tl.arange(0, CHUNK)
             left = load_tile(start_a, rows_a, d, inside_a, stride_a, stride_a_d, dim, True, EVEN)
             right = load_tile(start_b, rows_b, d, inside_b, stride_b, stride_b_d, dim, CHECKED, EVEN)

@@ -288,7 +288,8 @@ def queries_launch(
 ) -> Launch:
     """The launch that fills dq ``[B, H, N, D]``, contiguous, and the partial sums of tables by name, unless None."""
     args, meta = arguments_of(problem, grad_z, rows, schedule, config)
-    query_roles = dense_last(problem.query_roles, 1) if problem.routed else None
+    # Triton chooses the layout of a product by the narrowest numbers that go into it: bytes would cost ds 16-bit loads.
+    query_roles = dense_last(problem.query_roles.to(torch.int32), 1) if problem.routed else None
     args |= {
         "lse2": rows.lse2, "delta": rows.delta, "dq": dq, **{f"d{name}": t for name, t in partials.items()},
         "query_roles": query_roles, "stride_query_b": shared_stride(query_roles, 0),

@@ -35,7 +35,7 @@ from .schedule import Schedule, mask_arguments, mask_kind
 
 PADDING = 128
 """What every tile of rows divides."""
-_BLOCK = 64
+_BLOCK = 32
 _CHUNK = 32
 """Columns that float32 tiles are multiplied in at a time."""
 
