@@ -12,8 +12,10 @@ Where edits act during a forward pass is in :mod:`emocircuits.sites`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -26,7 +28,7 @@ from emocircuits.families import Handle, open_model
 from emocircuits.folding import Folding
 from emocircuits.generation import generate, refuse_attentions
 from emocircuits.plan import Plan
-from emocircuits.sites import ATTENTION, Place, State, Tap, Tapped, install, places
+from emocircuits.sites import ATTENTION, Place, Reader, State, Tap, Tapped, install, install_tap, places
 from emocircuits.tables import check, compile_plan
 from emocircuits.undo import Changes
 from emokernels import Role
@@ -57,7 +59,8 @@ class Patched:
         resolved = resolve(backend, next(self.handle.text.parameters()))
         self._check(plan)
         self.context = Context(self.handle.placeholder_ids(), roles)
-        self.state = State(self.context, resolved, tap)
+        self.state = State(self.context, resolved)
+        self._tap = tap
         self._filled: tuple[Plan, int | None] | None = None
         self._changes = Changes()
         self._installed: set[Place] = set()
@@ -100,7 +103,8 @@ class Patched:
         try:
             self._changes.undo()
         finally:
-            self.state.tables, self._filled, self._installed = {}, None, set()
+            self.state.tables, self.state.readers = {}, {}
+            self._filled, self._installed = None, set()
             self.context.reset()
 
     def _install(self) -> None:
@@ -112,12 +116,17 @@ class Patched:
         if self.folding is not None:
             changes.callback(self.folding.undo)
         self._install_places(self._unfolded(self.plan))
+        if self._tap is not None:
+            self.state.readers = {(layer, ATTENTION): (self._tap,) for layer in range(self.handle.geometry.layers)}
+            self._install_taps(self.state.readers, changes)
         if not self.plan.per_batch():
             self._fill(1)
 
     def _switch_attention(self) -> None:
         config = self.handle.text_config
         old = config._attn_implementation
+        if old in (hf_attention.OVER_STOCK, hf_attention.OVER_EAGER):
+            return
         saved = [(c, c.__dict__.get("_attn_implementation_internal")) for c in _configs(self.model)]
         new = hf_attention.key_over(old)
         name = next(
@@ -141,13 +150,42 @@ class Patched:
     def _install_places(self, plan: Plan) -> None:
         """Sites and hooks on the modules that ``plan`` edits and on no other."""
         wanted = places(plan)
-        if self.state.tap is not None:
-            wanted |= {(layer, ATTENTION) for layer in range(self.handle.geometry.layers)}
-        if any(kind == ATTENTION for _, kind in wanted) and not any(kind == ATTENTION for _, kind in self._installed):
+        if any(kind == ATTENTION for _, kind in wanted - self._installed):
             self._switch_attention()
         for place in sorted(wanted - self._installed):
             install(place, self.handle, self.state, self._changes)
         self._installed |= wanted
+
+    # -- reading along -------------------------------------------------------------------------------------------
+    def _install_taps(self, read: Mapping[Place, Any], changes: Changes) -> None:
+        layers = sorted(layer for layer, kind in read if kind == ATTENTION)
+        if layers:
+            self._switch_attention()
+        for layer in layers:
+            install_tap(layer, self.handle, self.state, changes)
+
+    @contextlib.contextmanager
+    def reading(self, readers: Mapping[Place, Reader]) -> Iterator[None]:
+        """Call ``readers`` with what their places hold as the plan leaves it, while the block lasts.
+
+        A reader of neurons or of a vector site gets a tensor, one of attention a :class:`Tapped`. What the model
+        computes does not change.
+        """
+        changes, before = Changes(), self.state.readers
+        own = {place for place in readers if place[1] != ATTENTION} - self._installed
+        try:
+            for place in sorted(own):
+                install(place, self.handle, self.state, changes)
+            self._install_taps(readers, changes)
+            self._installed |= own
+            self.state.readers = self.state.with_readers(readers)
+            yield
+        finally:
+            self.state.readers = before
+            changes.undo()
+            self._installed -= own
+            # A plan that came in meanwhile may need places that were there to be read.
+            self._install_places(self._unfolded(self.plan))
 
     # -- during a forward pass -----------------------------------------------------------------------------------
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses as dc
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -28,11 +28,16 @@ from emokernels.attention import run as run_attention
 
 Place = tuple[int, str]
 Tap = Callable[["Tapped"], None]
+Reader = Callable[[Any], None]
+"""Called with what a place holds once it is edited: a `Tapped` of an attention call, else the tensor."""
 
 
 @dc.dataclass(frozen=True)
 class Tapped:
-    """What a tap sees of one attention call: its inputs, as in :func:`emokernels.attention`, and the routes."""
+    """What a tap sees of one attention call: its inputs, as in :func:`emokernels.attention`, and the routes.
+
+    Key j is column ``dropped + j`` of the sequence: a sliding cache has lost the columns before.
+    """
 
     layer: int
     q: Tensor
@@ -44,16 +49,27 @@ class Tapped:
     routes: Routes | None
     roles: Tensor
     query_roles: Tensor
+    softcap: float | None = None
+    dropped: int = 0
 
 
 @dc.dataclass
 class State:
-    """What the places of one patched model share: roles and phase, tables by layer, the backend, the tap."""
+    """What the places of one patched model share: roles and phase, tables by layer, the backend, who reads along."""
 
     context: Context
     backend: str
-    tap: Tap | None
     tables: dict[int, LayerTables] = dc.field(default_factory=dict)
+    readers: dict[Place, tuple[Reader, ...]] = dc.field(default_factory=dict)
+
+    def show(self, place: Place, value: Any) -> None:
+        """Give what ``place`` holds to those who read it."""
+        for reader in self.readers.get(place, ()):
+            reader(value)
+
+    def with_readers(self, more: Mapping[Place, Reader]) -> dict[Place, tuple[Reader, ...]]:
+        """The readers there are, and ``more``."""
+        return {**self.readers, **{p: (*self.readers.get(p, ()), reader) for p, reader in more.items()}}
 
 
 def places(plan: Plan) -> set[Place]:
@@ -80,10 +96,6 @@ class AttentionSite:
         return self.state.tables.get(self.layer)
 
     def active(self) -> bool:
-        """Whether the forward pass in progress is edited here, or looked at."""
-        return self.state.tap is not None or self.edited()
-
-    def edited(self) -> bool:
         """Whether the plan changes the rows of the forward pass in progress here."""
         tables = self.tables()
         return tables is not None and not self.state.context.phases.isdisjoint(tables.attention_phases)
@@ -107,7 +119,7 @@ class AttentionSite:
                 scale = query.shape[3] ** -0.5 if scaling is None else scaling
                 return step(query, key, value, context.step_mask(mask, query.dtype), scale).transpose(1, 2)
         routes = heads = None
-        if tables is not None and self.edited():
+        if tables is not None and self.active():
             routes = tables.routes
             heads = None if tables.heads is None else tables.heads.edits(context.rows, context.prefill)
         roles = context.key_roles(key.shape[2])
@@ -126,8 +138,6 @@ class AttentionSite:
                 query, key, value, roles=roles, query_roles=context.rows, routes=routes, backend=self.state.backend
             )
             self.prepared = (tables, context.prompt, step)
-        if self.state.tap is not None:
-            self.state.tap(Tapped(self.layer, query, key, value, mask, scaling, causal, routes, roles, context.rows))
         return run_attention(
             query, key, value, backend=self.state.backend, mask=mask, roles=roles, query_roles=context.rows,
             routes=routes, heads=heads, causal=causal, scale=scaling, softcap=softcap,
@@ -141,7 +151,6 @@ class AttentionSite:
             and query.shape[2] == 1
             and not context.prefill
             and context.seen <= key.shape[2]
-            and self.state.tap is None
             and not (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad))
         )
 
@@ -150,12 +159,38 @@ def _install_attention(layer: int, kind: str, handle: Handle, state: State, chan
     changes.set(handle.attentions[layer], hf_attention.SITE, AttentionSite(state, layer))
 
 
+def install_tap(layer: int, handle: Handle, state: State, changes: Changes) -> None:
+    """Show the attention calls of a layer to ``state.readers``, whatever computes them."""
+
+    def tap(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        *,
+        scaling: float | None,
+        causal: bool,
+        softcap: float | None = None,
+    ) -> None:
+        context, tables = state.context, state.tables.get(layer)
+        edited = tables is not None and not context.phases.isdisjoint(tables.attention_phases)
+        call = Tapped(
+            layer, query, key, value, mask, scaling, causal, tables.routes if tables is not None and edited else None,
+            context.key_roles(key.shape[2]), context.rows, softcap, max(0, context.seen - key.shape[2]),
+        )  # fmt: skip
+        state.show((layer, ATTENTION), call)
+
+    changes.set(handle.attentions[layer], hf_attention.TAP, tap)
+
+
 # -- neurons ---------------------------------------------------------------------------------------------------------
 def _edit_neurons(state: State, layer: int, forward: Callable[..., Tensor], activations: Tensor) -> Tensor:
     tables = state.tables.get(layer)
-    if tables is None or tables.neurons is None or state.context.phases.isdisjoint(tables.neuron_phases):
-        return forward(activations)
-    return forward(tables.neurons.apply(activations, state.context))
+    if tables is not None and tables.neurons is not None and not state.context.phases.isdisjoint(tables.neuron_phases):
+        activations = tables.neurons.apply(activations, state.context)
+    if state.readers:
+        state.show((layer, NEURONS), activations)
+    return forward(activations)
 
 
 def _install_neurons(layer: int, kind: str, handle: Handle, state: State, changes: Changes) -> None:
@@ -167,18 +202,22 @@ def _install_neurons(layer: int, kind: str, handle: Handle, state: State, change
 # -- vectors ---------------------------------------------------------------------------------------------------------
 def _edit_vector(state: State, layer: int, site: Site, hidden: Tensor) -> Tensor:
     tables = state.tables.get(layer)
-    if tables is None or state.context.phases.isdisjoint(tables.vector_phases.get(site, ())):
-        return hidden
-    return tables.vectors[site].apply(hidden, state.context.rows)
+    if tables is not None and not state.context.phases.isdisjoint(tables.vector_phases.get(site, ())):
+        hidden = tables.vectors[site].apply(hidden, state.context.rows)
+    if state.readers:
+        state.show((layer, site), hidden)
+    return hidden
 
 
 def _install_vector(layer: int, kind: str, handle: Handle, state: State, changes: Changes) -> None:
     edit = functools.partial(_edit_vector, state, layer, cast(Site, kind))
-    if kind == "resid_pre":
+    module, enters = handle.site(kind, layer)
+    if enters:
+        # What leaves a layer comes before what enters the next one, in whatever order they are installed.
+        first = kind == "resid_post"
         hook = functools.partial(_on_input, edit)
-        changes.hook(handle.layers[layer].register_forward_pre_hook, hook, with_kwargs=True)
+        changes.hook(module.register_forward_pre_hook, hook, with_kwargs=True, prepend=first)
     else:
-        module = handle.sites[kind][layer]
         changes.hook(module.register_forward_hook, functools.partial(_on_output, edit))
 
 
