@@ -46,6 +46,9 @@ class Family:
     """Module whose (first) output is what attention adds to the residual stream: the norm, where one follows it."""
     mlp_out: str = "mlp"
     """The same of the MLP."""
+    between_layers: bool = False
+    """Whether the text decoder itself adds to the residual stream between layers (DeepStack): what leaves a layer is
+    then what enters the next one, or the final norm."""
     query: str | None = "self_attn.q_proj"
     key: str | None = "self_attn.k_proj"
     value: str | None = "self_attn.v_proj"
@@ -86,7 +89,7 @@ class Handle:
 
     Attributes:
         layers, attentions, output_projections, mlps: one module per layer.
-        sites: by name of a vector site, the module of every layer whose input (``resid_pre``) or output it is.
+        sites: by name of a vector site, the module of every layer that it belongs to; :meth:`site` says where there.
     """
 
     def __init__(self, model: nn.Module, family: Family) -> None:
@@ -117,6 +120,12 @@ class Handle:
             d_model=config.hidden_size,
             neurons=0 if self._down_projections is None else _inputs(self._down_projections[0]),
         )
+
+    def site(self, name: str, layer: int) -> tuple[nn.Module, bool]:
+        """Where a vector site of one layer is: a module, and whether it is the module's input or its first output."""
+        if name == "resid_post" and self.family.between_layers:
+            return (self.norm if layer + 1 == len(self.layers) else self.layers[layer + 1]), True
+        return self.sites[name][layer], name == "resid_pre"
 
     def _each(self, path: str) -> list[nn.Module]:
         return [layer.get_submodule(path) for layer in self.layers]

@@ -6,8 +6,13 @@ import dataclasses as dc
 
 from emocircuits.families.base import Family
 
-LLAMA = Family(name="llama", model_types=("llama", "qwen2", "qwen3", "mistral", "olmo"))
-"""Also Qwen3's q/k norms and OLMo's weightless norms change no path."""
+LLAMA = Family(
+    name="llama",
+    model_types=(
+        "llama", "qwen2", "qwen3", "mistral", "olmo", "gemma", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text",
+    ),
+)  # fmt: skip
+"""Also Qwen3's q/k norms, OLMo's weightless norms and the positions of the Qwen-VL decoders change no path."""
 
 OLMO2 = Family(
     name="olmo2", model_types=("olmo2",), attn_out="post_attention_layernorm", mlp_out="post_feedforward_layernorm",
@@ -40,7 +45,7 @@ GPT_NEOX = Family(
 """Attention and MLP of a layer usually read the same residual stream (``use_parallel_residual``)."""
 
 MIXTURE = dc.replace(
-    LLAMA, name="mixture", model_types=("mixtral", "qwen2_moe", "qwen3_moe"), experts="mlp.experts"
+    LLAMA, name="mixture", model_types=("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_vl_moe_text"), experts="mlp.experts"
 )  # fmt: skip
 
 TEXT_FAMILIES = (LLAMA, OLMO2, GEMMA, PHI3, GPT2, GPT_NEOX, MIXTURE)
