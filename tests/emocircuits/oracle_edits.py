@@ -72,11 +72,37 @@ def neurons(a, layer, plan, roles):
 def vectors(hidden, layer, site, plan, roles):
     """``hidden [B, N, d]`` at one site of one layer after the vector edits."""
     hidden = hidden.clone()
-    for edit in named(plan, "AddVector", "ReplaceVector"):
-        if edit.site != site or layer not in edit.layers:
-            continue
-        v = array(edit.vector, hidden)
-        v = v if v.ndim == 1 else v[edit.layers.index(layer)]
-        for row, i in tokens(edit, roles):
-            hidden[row, i] = hidden[row, i] + edit.by * v if type(edit).__name__ == "AddVector" else v
+    plan = [edit for edit in plan if getattr(edit, "site", None) == site and layer in edit.layers]
+    for row in range(hidden.shape[0]):
+        for i in range(hidden.shape[1]):
+            here = [edit for edit in plan if applies(edit, roles, row, i)]
+            if here:
+                hidden[row, i] = vector(hidden[row, i], here, layer)
     return hidden
+
+
+def vector(h, edits, layer):
+    """One vector ``[d]`` after edits that all act on it."""
+    directions = []
+    for edit in named(edits, "ProjectOut"):
+        v = array(edit.vector, h)
+        directions.append(torch.atleast_2d(v[edit.layers.index(layer)] if v.ndim == 3 else v))
+    if directions:
+        span = torch.cat(directions)
+        h = h - torch.linalg.pinv(span, rtol=1e-9) @ (span @ h)
+
+    def added(edit, h):
+        v = array(edit.vector, h)
+        v = v if v.ndim == 1 else v[edit.layers.index(layer)]
+        return edit.by * (h.norm() * v / v.norm() if edit.relative else v)
+
+    adds = named(edits, "AddVector")
+    h = h + sum(added(edit, h) for edit in adds if edit.norm == "free")
+    kept = [edit for edit in adds if edit.norm == "keep"]
+    if kept:
+        moved = h + sum(added(edit, h) for edit in kept)
+        h = moved * h.norm() / moved.norm() if h.norm() > 0 else h  # a padding row may be zero
+    for edit in named(edits, "ReplaceVector"):
+        v = array(edit.vector, h)
+        h = v if v.ndim == 1 else v[edit.layers.index(layer)]
+    return h

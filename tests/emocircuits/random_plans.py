@@ -12,6 +12,7 @@ from emocircuits import (
     AddVector,
     BoostRoute,
     Plan,
+    ProjectOut,
     ReplaceHead,
     ReplaceNeurons,
     ReplaceVector,
@@ -84,6 +85,11 @@ def _edits(geometry, rng, visual, rows, neurons):
         two = rng.sample(layers, min(2, len(layers)))
         edits += [
             AddVector(two, vector(len(two), geometry.d_model, size=0.3), site=site, by=0.5, **where()),
+            AddVector([rng.choice(layers)], vector(geometry.d_model), site=site, by=0.2, relative=True, **where()),
+            AddVector(two, vector(geometry.d_model, size=0.5), site=site, norm="keep", **where()),
+            AddVector(two, vector(geometry.d_model), site=site, norm="keep", by=0.4, relative=True, **where()),
+            ProjectOut([rng.choice(layers)], vector(geometry.d_model), site=site, **where()),
+            ProjectOut(two, vector(len(two), 2, geometry.d_model), site=site, **where()),
             ReplaceVector(
                 [rng.choice(layers)], vector(geometry.d_model), site=site, to=rng.choice(places[-2:]), rows=rows
             ),

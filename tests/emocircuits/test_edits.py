@@ -10,9 +10,12 @@ from test_patching import check, forward
 from emocircuits import (
     AddHead,
     AddNeurons,
+    AddVector,
     Plan,
+    ProjectOut,
     ReplaceHead,
     ReplaceNeurons,
+    ReplaceVector,
     ScaleHead,
     ScaleNeurons,
     patch,
@@ -68,6 +71,30 @@ ALONE = {
         AddNeurons({1: [5, 6]}, 3.0),
         ScaleNeurons({1: [5, 6, 7]}, by=-2.0),
     ],
+    "a direction, in units of the row's length": lambda: [
+        AddVector([0, 2], vector(2, 32), by=0.5, relative=True, to=["last", "generated"]),
+        AddVector([2], vector(32, seed=2), by=-0.3, relative=True),
+    ],
+    "add and keep the norm": lambda: [
+        AddVector([0, 1], vector(32), norm="keep", site="mlp_out", to=["query", "generated"])
+    ],
+    "keep the norm of two additions and a plain one": lambda: [
+        AddVector([1], vector(32), norm="keep"),
+        AddVector([1], vector(32, seed=1), by=0.7, norm="keep", relative=True, to="generated"),
+        AddVector([1], vector(32, seed=2)),
+    ],
+    "project out a direction": lambda: [ProjectOut([0, 1, 2], vector(32), to=["query", "visual", "generated"])],
+    "project out directions that meet": lambda: [
+        ProjectOut([1], vector(2, 32), site="attn_out"),
+        ProjectOut([1], vector(32, seed=1), site="attn_out", to=["query", "generated"]),
+        ProjectOut([1], vector(2, 32)[:1] * 2, site="attn_out", phase="decode"),
+    ],
+    "project out, add, keep, set": lambda: [
+        ReplaceVector([2], vector(32, seed=3), to="last", site="resid_pre"),
+        AddVector([2], vector(32, seed=1), norm="keep", site="resid_pre"),
+        AddVector([2], vector(32, seed=2), site="resid_pre"),
+        ProjectOut([2], vector(1, 2, 32), site="resid_pre"),
+    ],
 }
 
 
@@ -101,6 +128,12 @@ def test_values_follow_their_neurons():
         (lambda: AddNeurons({0: [1, 2]}, [1.0]), r"expected a number or \[2\]"),
         (lambda: ReplaceNeurons({0: [1, 2]}), "non-empty"),
         (lambda: ReplaceNeurons({0: [1, 2]}, "many"), "numbers"),
+        (lambda: AddVector([0], torch.ones(4), norm="long"), "free, keep"),
+        (lambda: AddVector([0], torch.ones(4), relative=1), "True or False"),
+        (lambda: AddVector([0, 1], torch.tensor([[1.0], [0.0]]), relative=True), "no direction"),
+        (lambda: ProjectOut([0], torch.zeros(4)), "no direction"),
+        (lambda: ProjectOut([0, 1], torch.ones(3, 1, 4)), r"\[layers, k, d_model\]"),
+        (lambda: ProjectOut([0], torch.ones(1, 1, 1, 4)), r"\[layers, k, d_model\]"),
     ],
 )
 def test_what_makes_no_sense_is_refused(make, message):
@@ -116,6 +149,7 @@ def test_what_makes_no_sense_is_refused(make, message):
         (AddHead([(0, 0)], torch.ones(9)), "vector has length 9; this model needs 8"),
         (AddNeurons({0: [48]}, 1.0), "no neuron 48"),
         (ReplaceNeurons({3: [4]}, 1.0), "no layer 3"),
+        (ProjectOut([0], torch.ones(2, 31)), "vector has length 31; this model needs 32"),
     ],
 )
 def test_what_the_model_does_not_have_is_refused(model, edit, message):
@@ -136,3 +170,33 @@ def test_folding_refuses_a_neuron_that_is_also_added_to(model):
         folded = forward(model, inputs)
     real = inputs["attention_mask"].bool()
     torch.testing.assert_close(folded[real], oracle.logits(model, inputs, other)[real], rtol=1e-9, atol=1e-9)
+
+
+def test_projecting_out_leaves_nothing_and_keeping_the_norm_keeps_it(model):
+    inputs = batch(model)
+    basis = vector(3, 32).double()
+    seen = []
+    hook = lambda m, a, out: seen.append(out[0] if isinstance(out, tuple) else out)  # noqa: E731
+    for edits in ([], [ProjectOut([1], basis)], [AddVector([1], basis[0], by=3.0, norm="keep")]):
+        with patch(model, Plan(edits)):
+            handle = model.model.language_model.layers[1].register_forward_hook(hook)
+            forward(model, inputs)
+            handle.remove()
+    plain, projected, turned = seen
+    assert (projected @ basis.float().double().T).abs().max() < 1e-9 * plain.abs().max()
+    assert (projected - plain).abs().max() > 0.1
+    torch.testing.assert_close(turned.norm(dim=-1), plain.norm(dim=-1), rtol=1e-9, atol=0)
+    assert (turned - plain).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_are_not_edited_keep_their_bits(dtype):
+    model = models.build("llava", dtype=dtype)
+    inputs = models.prompt(model, 3, 5)
+    out = []
+    edits = [ProjectOut([2], vector(32), to="last"), AddVector([2], vector(32), norm="keep", relative=True, to="last")]
+    for plan in (Plan(), Plan(edits)):
+        with patch(model, plan):
+            out.append(model(**inputs).logits)
+    assert torch.equal(out[0][:, :-1], out[1][:, :-1])
+    assert not torch.equal(out[0][:, -1], out[1][:, -1])

@@ -11,12 +11,13 @@ from emocircuits.edits.base import ATTENTION, NEURONS, PHASES, ROLE_NAMES, Edit,
 from emocircuits.edits.gates import GateHeads
 from emocircuits.edits.heads import READINGS, AddHead, BoostRoute, HeadEdit, Reading, ReplaceHead, ScaleHead
 from emocircuits.edits.neurons import AddNeurons, NeuronEdit, ReplaceNeurons, ScaleNeurons
-from emocircuits.edits.vectors import SITES, AddVector, ReplaceVector, Site, VectorEdit
+from emocircuits.edits.vectors import NORMS, SITES, AddVector, Norm, ProjectOut, ReplaceVector, Site, VectorEdit
 
 __all__ = [
     "ATTENTION",
     "EDITS",
     "NEURONS",
+    "NORMS",
     "PHASES",
     "READINGS",
     "ROLE_NAMES",
@@ -30,7 +31,9 @@ __all__ = [
     "GateHeads",
     "HeadEdit",
     "NeuronEdit",
+    "Norm",
     "Phase",
+    "ProjectOut",
     "Reading",
     "ReplaceHead",
     "ReplaceNeurons",
@@ -44,8 +47,8 @@ __all__ = [
 EDITS: dict[str, type[Edit]] = {
     c.__name__: c
     for c in (
-        BoostRoute, GateHeads, ScaleHead, AddHead, ReplaceHead, ScaleNeurons, AddNeurons, ReplaceNeurons, AddVector,
-        ReplaceVector,
+        BoostRoute, GateRoute, GateHeads, ScaleHead, AddHead, ReplaceHead, ScaleNeurons, AddNeurons, ReplaceNeurons,
+        AddVector, ProjectOut, ReplaceVector,
     )
 }  # fmt: skip
 """Every kind of edit by its name in JSON."""

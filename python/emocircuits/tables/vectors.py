@@ -7,26 +7,77 @@ import dataclasses as dc
 import torch
 from torch import Tensor
 
-from emocircuits.edits import AddVector, VectorEdit
+from emocircuits.edits import AddVector, ProjectOut, VectorEdit
 from emocircuits.tables.space import Space, by_row, phases
+
+Parts = dict[str, Tensor]
 
 
 @dc.dataclass(frozen=True)
 class VectorTable:
-    """Additions ``add [B|1, R, d]`` and settings ``value [B|1, R, d]`` where ``mask [B|1, R]``, at one site."""
+    """Vector edits at one site; any table may be None. They act in the order of the fields.
 
+    ``basis [m, d]`` with ``along [B|1, R, m]``: 1 where the component along a (unit) row of ``basis`` is removed;
+    ``add`` and ``relative`` ``[B|1, R, d]``: added, and added in units of the row's length;
+    ``keep`` and ``keep_relative`` ``[B|1, R, d]`` where ``kept [B|1, R]``: the same, back to the row's length;
+    ``value [B|1, R, d]`` where ``mask [B|1, R]``: set.
+    """
+
+    basis: Tensor | None = None
+    along: Tensor | None = None
     add: Tensor | None = None
+    relative: Tensor | None = None
+    keep: Tensor | None = None
+    keep_relative: Tensor | None = None
+    kept: Tensor | None = None
     value: Tensor | None = None
     mask: Tensor | None = None
+    plain: bool = dc.field(init=False)
+    """Whether nothing here needs more than the precision of the model: additions and settings."""
 
-    def apply(self, hidden: Tensor, query_roles: Tensor) -> Tensor:
-        """Edit ``hidden [B, N, d]``; the input is left alone."""
-        if self.add is not None:
-            hidden = hidden + by_row(self.add, query_roles).to(hidden.dtype)
+    def __post_init__(self) -> None:
+        precise = (self.along, self.relative, self.kept)
+        object.__setattr__(self, "plain", all(table is None for table in precise))
+
+    def apply(self, hidden: Tensor, kinds: Tensor) -> Tensor:
+        """Edit ``hidden [B, N, d]`` of rows of these ``kinds [B, N]``; the input is left alone."""
+        edited = hidden
+        if not self.plain:
+            edited = self._precise(hidden, kinds)
+        elif self.add is not None:
+            edited = hidden + by_row(self.add, kinds).to(hidden.dtype)
         if self.value is not None and self.mask is not None:
-            chosen = by_row(self.mask, query_roles)[..., None]
-            hidden = torch.where(chosen, by_row(self.value, query_roles).to(hidden.dtype), hidden)
-        return hidden
+            chosen = by_row(self.mask, kinds)[..., None]
+            edited = torch.where(chosen, by_row(self.value, kinds).to(hidden.dtype), edited)
+        return edited
+
+    def _precise(self, hidden: Tensor, kinds: Tensor) -> Tensor:
+        """Everything but settings, in float32 (float64 for float64 rows), rounded once."""
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        rows = hidden.to(wide)
+        if self.basis is not None and self.along is not None:
+            basis = self.basis.to(wide)
+            rows = rows - ((rows @ basis.mT) * by_row(self.along, kinds).to(wide)) @ basis
+        start = rows
+        if self.add is not None:
+            rows = rows + by_row(self.add, kinds).to(wide)
+        if self.relative is not None:
+            rows = rows + _length(start) * by_row(self.relative, kinds).to(wide)
+        if self.kept is not None:
+            length, moved = _length(rows), rows
+            if self.keep is not None:
+                moved = moved + by_row(self.keep, kinds).to(wide)
+            if self.keep_relative is not None:
+                moved = moved + length * by_row(self.keep_relative, kinds).to(wide)
+            tiny = torch.finfo(wide).tiny
+            rows = torch.where(
+                by_row(self.kept, kinds)[..., None], moved * (length / _length(moved).clamp_min(tiny)), rows
+            )
+        return rows.to(hidden.dtype)
+
+
+def _length(rows: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
 
 
 class VectorBuilder:
@@ -34,7 +85,9 @@ class VectorBuilder:
 
     def __init__(self, space: Space) -> None:
         self.space = space
-        self.parts: dict[str, Tensor] = {}
+        self.shape = (space.geometry.d_model,)
+        self.parts: Parts = {}
+        self.removed: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []
 
     def _table(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         if name not in self.parts:
@@ -45,16 +98,59 @@ class VectorBuilder:
         """Take in the vector of ``layer``."""
         space = self.space
         where = space.selection(edit)
-        vector = edit.vector.tensor(space.device, space.dtype)
-        vector = vector if vector.ndim == 1 else vector[edit.layers.index(layer)]
-        shape = (space.geometry.d_model,)
-        if isinstance(edit, AddVector):
-            self._table("add", shape, space.dtype)[where] += edit.by * vector
+        vector = torch.tensor(edit.at(layer), device=space.device, dtype=torch.float64)
+        if isinstance(edit, ProjectOut):
+            self.removed.append((vector, where))
+        elif isinstance(edit, AddVector):
+            name = "add" if edit.norm == "free" else "keep"
+            if edit.relative:
+                name = "relative" if edit.norm == "free" else "keep_relative"
+                vector = _unit(vector)
+            dtype = space.dtype if name == "add" else space.exact
+            self._table(name, self.shape, dtype)[where] += edit.by * vector.to(dtype)
+            if edit.norm == "keep":
+                self._table("kept", (), torch.bool)[where] = True
         else:
-            self._table("value", shape, space.dtype)[where] = vector
+            self._table("value", self.shape, space.dtype)[where] = vector.to(space.dtype)
             self._table("mask", (), torch.bool)[where] = True
+
+    def _project(self) -> None:
+        """One orthonormal basis for every set of directions that meet somewhere; sets do not overlap."""
+        sets: dict[tuple[int, int], list[int]] = {}
+        for i, (_, (rows, kinds)) in enumerate(self.removed):
+            for cell in zip(rows.tolist(), kinds.tolist(), strict=True):
+                sets.setdefault(cell, []).append(i)
+        distinct = sorted({tuple(edits) for edits in sets.values()})
+        bases = [orthonormal(torch.cat([self.removed[i][0] for i in edits])) for edits in distinct]
+        starts = [0]
+        for basis in bases:
+            starts.append(starts[-1] + basis.shape[-2])
+        along = self.space.full((starts[-1],), 0)
+        for (row, kind), edits in sets.items():
+            n = distinct.index(tuple(edits))
+            along[row, kind, starts[n] : starts[n + 1]] = 1
+        self.parts |= {"basis": torch.cat(bases, -2).to(self.space.exact), "along": along}
 
     def build(self) -> tuple[VectorTable, frozenset[str]]:
         """The table and the phases in which it changes anything."""
-        active = frozenset().union(*(phases(t != 0) for name, t in self.parts.items() if name != "value"))
-        return VectorTable(**self.parts), active
+        if self.removed:
+            self._project()
+        deciding = [table for name, table in self.parts.items() if name not in ("basis", "value")]
+        return VectorTable(**self.parts), frozenset().union(*(phases(table != 0) for table in deciding))
+
+
+def orthonormal(vectors: Tensor) -> Tensor:
+    """Orthonormal rows ``[k, d]`` that span the rows of ``vectors [k, d]``; zero for a row that adds nothing."""
+    basis: list[Tensor] = []
+    for vector in vectors.unbind(0):
+        rest = vector
+        for _ in range(2):  # once more for what rounding leaves
+            for other in basis:
+                rest = rest - (rest * other).sum() * other
+        new = _length(rest) > 1e-6 * _length(vector)
+        basis.append(torch.where(new, _unit(rest), 0.0))
+    return torch.stack(basis)
+
+
+def _unit(vector: Tensor) -> Tensor:
+    return vector / _length(vector).clamp_min(torch.finfo(vector.dtype).tiny)
