@@ -47,7 +47,7 @@ __all__ = [
 EDITS: dict[str, type[Edit]] = {
     c.__name__: c
     for c in (
-        BoostRoute, GateRoute, GateHeads, ScaleHead, AddHead, ReplaceHead, ScaleNeurons, AddNeurons, ReplaceNeurons,
+        BoostRoute, GateHeads, ScaleHead, AddHead, ReplaceHead, ScaleNeurons, AddNeurons, ReplaceNeurons,
         AddVector, ProjectOut, ReplaceVector,
     )
 }  # fmt: skip
