@@ -124,7 +124,7 @@ class AttentionSite:
             heads = None if tables.heads is None else tables.heads.edits(context.rows, context.prefill)
         roles = context.key_roles(key.shape[2])
         if tables is not None and tables.gates:
-            call = Attention(query, key, mask, scaling, causal, softcap, roles)
+            call = Attention(query, key, value, mask, scaling, causal, softcap, roles)
             heads = gated(tables.gates, heads, call, context.rows, context.phases)
         if (
             tables is not None

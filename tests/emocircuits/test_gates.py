@@ -1,4 +1,4 @@
-"""GateHeads against plain loops over rows, in every cache, under a compiler, and in company of other edits."""
+"""GateHeads and GateRoute against plain loops over rows: in every cache, under a compiler, beside other edits."""
 
 import models
 import published
@@ -7,7 +7,7 @@ import torch
 from test_compiled import generate as generate_with
 from test_compiled import prompts
 
-from emocircuits import BoostRoute, GateHeads, Plan, ScaleHead, patch
+from emocircuits import BoostRoute, GateHeads, GateRoute, Plan, ScaleHead, patch
 from emocircuits.tables.gates import Attention
 
 
@@ -31,6 +31,20 @@ def gate(edit, layer, z, scores, visible, roles):
     return z
 
 
+def reweigh(edit, layer, p, roles):
+    """Weights ``[B, H, N, N]`` of one layer after a GateRoute."""
+    p = p.clone()
+    for at, head in edit.heads:
+        for row in range(p.shape[0]) if at == layer else ():
+            for i in range(p.shape[2]):
+                if (edit.rows is not None and row not in edit.rows) or (edit.to and roles[row][i] not in edit.to):
+                    continue
+                keys = [j for j in range(p.shape[2]) if roles[row][j] in edit.source]
+                if p[row, head, i, keys].sum() >= edit.threshold:
+                    p[row, head, i, keys] *= edit.by
+    return p
+
+
 def check(model, inputs, edits, extra=(), tolerance=1e-10, **options):
     where = published.Where.of(inputs, published.STEPS - 1)
     last = where.emits & ~where.generated
@@ -48,10 +62,12 @@ def check(model, inputs, edits, extra=(), tolerance=1e-10, **options):
 
     def weights(layer, p):
         seen[layer, "weights"] = p
+        for edit in edits:
+            p = reweigh(edit, layer, p, roles) if isinstance(edit, GateRoute) else p
         return p
 
     def z(layer, x):
-        for edit in edits:
+        for edit in (e for e in edits if isinstance(e, GateHeads)):
             x = gate(edit, layer, x, seen[layer, edit.measure], seen[layer, "weights"] > 0, roles)
         for edit in extra:
             for at, head in edit.heads:
@@ -69,6 +85,9 @@ EDITS = [
     GateHeads([1, 2], keep=2, by=-0.5, to=["query", "last"], rows=[1]),
     # Weights tie in rows that see nothing but such keys: text after the image sees all kinds.
     GateHeads([2], keep=2, by=0.5, to=["query", "last"], measure="weights"),
+    GateRoute([(1, 0), (0, 2), (2, 1)], ["visual", "system"], by=2.5, threshold=0.6, to=["query", "generated"]),
+    GateRoute([(1, 0), (0, 3)], ["query", "last", "generated"], by=0.0, threshold=0.3, to=["last", "generated"]),
+    GateRoute([(2, 2)], "visual", by=0.4, threshold=0.0, rows=[0]),
     GateHeads([1], keep=3, by=0.0, to=["last", "generated"], source=["system", "generated"], measure="weights"),
 ]
 
@@ -86,7 +105,7 @@ def test_equals_loops(cache, text):
 def test_long_prompts_are_gated_in_parts(monkeypatch):
     monkeypatch.setattr("emocircuits.tables.gates.LOGITS_AT_ONCE", 500)
     model = models.build("llava", "llama", torch.float64)
-    check(model, models.batch([models.prompt(model, 3, 5), models.prompt(model, 1, 9, seed=1)]), EDITS[:1])
+    check(model, models.batch([models.prompt(model, 3, 5), models.prompt(model, 1, 9, seed=1)]), EDITS)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -96,7 +115,7 @@ def test_logits_of_some_rows(causal):
     q, k = (torch.randn(2, h, n, 8, dtype=torch.float64, generator=g) for h, n in ((6, 5), (2, 7)))
     mask = None if causal else torch.rand(1, 1, 5, 7, generator=g) > 0.3
     rows = torch.tensor([[4, 1], [0, 3]])
-    logits, seen = Attention(q, k, mask, 0.5, causal, 2.0, torch.zeros(2, 7)).logits(rows)
+    logits, seen = Attention(q, k, k, mask, 0.5, causal, 2.0, torch.zeros(2, 7)).logits(rows)
     whole = 2.0 * torch.tanh(q @ k.repeat_interleave(3, 1).mT * 0.5 / 2.0)
     visible = torch.ones(5, 7, dtype=torch.bool).tril(2) if causal else mask[0, 0]
     for b in range(2):
@@ -111,6 +130,7 @@ def test_one_graph_serves_every_step_and_refill():
         Plan(
             [
                 GateHeads([0, 2], keep=2, by=by, to=["last", "generated"]),
+                GateRoute([(0, 1), (1, 3)], by=by, threshold=0.2, to=["last", "generated"]),
                 BoostRoute([(2, 1), (1, 1)], "visual", 1.0 + by, to="generated"),
             ]
         )
@@ -157,6 +177,13 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match="has 4 heads"), patch(model, Plan([GateHeads([0], keep=5)])):
         pass
     with pytest.raises(ValueError, match="text-only"), patch(models.build("text"), Plan([GateHeads([0])])):
+        pass
+    with pytest.raises(ValueError, match="source is None"):
+        GateRoute([(0, 0)], source=None)
+    with pytest.raises(ValueError, match="at least 0"):
+        GateRoute([(0, 0)], by=-1.0)
+    both = Plan([BoostRoute([(0, 1), (1, 1)], by=2.0), GateRoute([(1, 1)])])
+    with pytest.raises(NotImplementedError, match=r"head \(1, 1\) also has a BoostRoute"), patch(model, both):
         pass
     plan = Plan(EDITS)
     assert Plan.from_json(plan.to_json()) == plan

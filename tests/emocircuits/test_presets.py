@@ -56,6 +56,28 @@ def test_adhh(model, inputs, where):
     check(model, inputs, presets.adhh(model, heads, text, image), weights=weights)
 
 
+def test_adhh_adaptive(model, inputs, where):
+    """As its modified attention does: sum the weights after the image, compare, set to zero."""
+    heads, threshold = [(0, 1), (1, 2), (2, 3), (2, 0)], 0.25
+    acted = []
+
+    def weights(layer, p):
+        p = p.clone()
+        for at, head in heads:
+            for b in range(2) if at == layer else ():
+                for i in where.emits[b].nonzero()[:, 0].tolist():
+                    text = where.after[b, : i + 1].nonzero()[:, 0]
+                    acted.append(bool(p[b, head, i, text].sum() >= threshold))
+                    if acted[-1]:
+                        p[b, head, i, text] = 0
+        return p
+
+    check(model, inputs, presets.adhh(model, heads, threshold=threshold), weights=weights)
+    assert 0 < sum(acted) < len(acted), "the threshold should separate steps"
+    with pytest.raises(ValueError, match="leave image at 1"):
+        presets.adhh(model, heads, image=2.0, threshold=0.5)
+
+
 def test_knockout(model, inputs, where):
     def logits(layer, s):
         return s.masked_fill(block(where.emits, where.image), -torch.inf) if layer in (1, 2) else s
@@ -153,6 +175,23 @@ def test_spin(model, inputs, where, measure):
 
     plan = presets.spin(model, 0.6, 0.1, layers=(1, 2), measure=measure)  # int(0.6 * 4) heads are kept
     check(model, inputs, plan, logits=logits, weights=weights, z=z)
+
+
+@pytest.mark.parametrize("relative", [True, False])
+def test_vista(model, inputs, relative):
+    """As in VSVLayer: normalise(normalise(x) + lambda * normalise(v)) * |x|, on what the MLP returns."""
+    vectors = torch.randn(2, 32, generator=torch.Generator().manual_seed(4))
+    normalize = torch.nn.functional.normalize
+
+    def mlp(layer, x):
+        if layer not in (0, 2):
+            return x
+        v, length = vectors[layer // 2].double(), x.norm(dim=-1, keepdim=True)
+        u = normalize(x, dim=-1) + 0.4 * normalize(v, dim=0) if relative else x + 0.4 * v
+        return normalize(u, dim=-1) * length
+
+    plan = presets.vista(model, vectors, 0.4, layers=(0, 2), relative=relative)
+    check(model, inputs, plan, mlp=mlp)
 
 
 def test_rows_and_sums(model, inputs, where):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from emocircuits.edits.arrays import FrozenArray
 from emocircuits.edits.base import ATTENTION, NEURONS, PHASES, ROLE_NAMES, Edit, Phase
-from emocircuits.edits.gates import GateHeads
+from emocircuits.edits.gates import GateHeads, GateRoute
 from emocircuits.edits.heads import READINGS, AddHead, BoostRoute, HeadEdit, Reading, ReplaceHead, ScaleHead
 from emocircuits.edits.neurons import AddNeurons, NeuronEdit, ReplaceNeurons, ScaleNeurons
 from emocircuits.edits.vectors import NORMS, SITES, AddVector, Norm, ProjectOut, ReplaceVector, Site, VectorEdit
@@ -29,6 +29,7 @@ __all__ = [
     "Edit",
     "FrozenArray",
     "GateHeads",
+    "GateRoute",
     "HeadEdit",
     "NeuronEdit",
     "Norm",
@@ -47,7 +48,7 @@ __all__ = [
 EDITS: dict[str, type[Edit]] = {
     c.__name__: c
     for c in (
-        BoostRoute, GateHeads, ScaleHead, AddHead, ReplaceHead, ScaleNeurons, AddNeurons, ReplaceNeurons,
+        BoostRoute, GateRoute, GateHeads, ScaleHead, AddHead, ReplaceHead, ScaleNeurons, AddNeurons, ReplaceNeurons,
         AddVector, ProjectOut, ReplaceVector,
     )
 }  # fmt: skip

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from emocircuits.edits.arrays import number
 from emocircuits.edits.base import ATTENTION, ROLE_NAMES, Edit, layer_numbers, role_names
+from emocircuits.edits.heads import HeadEdit
 from emokernels import Role
 
 if TYPE_CHECKING:
@@ -46,9 +47,7 @@ class GateHeads(Edit):
         if isinstance(self.keep, bool) or not isinstance(self.keep, int) or self.keep < 1:
             raise ValueError(f"keep={self.keep!r}: expected a number of heads, at least 1")
         object.__setattr__(self, "by", number("by", self.by))
-        if self.source is None:
-            raise ValueError(f"source is None: expected one or more of {', '.join(ROLE_NAMES)}")
-        object.__setattr__(self, "source", role_names("source", self.source))
+        object.__setattr__(self, "source", _source(self.source))
         if self.measure not in MEASURES:
             raise ValueError(f"measure={self.measure!r}: expected one of {', '.join(MEASURES)}")
 
@@ -69,3 +68,39 @@ class GateHeads(Edit):
         super().check(geometry)
         if self.keep > geometry.heads:
             raise ValueError(f"keep={self.keep}: a layer of this model has {geometry.heads} heads")
+
+
+@dc.dataclass(frozen=True)
+class GateRoute(HeadEdit):
+    """Where a row's softmax weights on keys of ``source`` sum to ``threshold`` or more: these weights times ``by``.
+
+    Not renormalised. Every head and row decides by itself, on the device. Heads that a BoostRoute changes cannot have
+    one.
+
+    Args:
+        heads: (layer, head) pairs.
+        source: role or roles of the keys.
+        by: factor, >= 0; 0 takes these keys away, 1 changes nothing.
+        threshold: from 0 (always) to 1.
+    """
+
+    source: Sequence[str] = ("visual",)
+    by: float = 0.0
+    threshold: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "source", _source(self.source))
+        object.__setattr__(self, "by", number("by", self.by, minimum=0.0))
+        object.__setattr__(self, "threshold", number("threshold", self.threshold, minimum=0.0))
+
+    def roles_used(self) -> set[Role]:
+        """Roles of rows and keys that the edit names."""
+        return super().roles_used() | {Role[n.upper()] for n in self.source}
+
+
+def _source(value: str | Sequence[str] | None) -> tuple[str, ...]:
+    names = role_names("source", value)
+    if names is None:
+        raise ValueError(f"source is None: expected one or more of {', '.join(ROLE_NAMES)}")
+    return names

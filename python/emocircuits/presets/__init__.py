@@ -6,7 +6,7 @@ from emocircuits.presets.heads import iti, spin, vseam
 from emocircuits.presets.neurons import hones
 from emocircuits.presets.registry import PRESETS, Preset
 from emocircuits.presets.routes import adhh, knockout, pai, temperature, vaf
-from emocircuits.presets.vectors import caa
+from emocircuits.presets.vectors import caa, vista
 
 __all__ = [
     "PRESETS",
@@ -25,5 +25,6 @@ __all__ = [
     "vaf",
     "vcd",
     "vcd_noise",
+    "vista",
     "vseam",
 ]

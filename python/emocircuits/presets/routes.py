@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from emocircuits.edits import ROLE_NAMES, BoostRoute, Edit
+from emocircuits.edits import ROLE_NAMES, BoostRoute, Edit, GateRoute
 from emocircuits.plan import Plan
 from emocircuits.presets.registry import preset
 from emocircuits.presets.where import ANSWER, Pairs, chosen_heads, opened
@@ -84,7 +84,8 @@ def vaf(
 
 
 @preset(
-    formula="p' = t·p for text keys after the image, p' = v·p for visual keys, not renormalised; hallucination heads",
+    formula="p' = t·p for text keys after the image, where these sum to τ or more, p' = v·p for visual keys, not "
+    "renormalised; hallucination heads",
     paper="Yang et al. 2025, Modular Attribution and Intervention (AD-HH), ICLR 2025",
     needs="the hallucination heads",
 )
@@ -94,24 +95,31 @@ def adhh(
     text: float = 0.0,
     image: float = 1.0,
     *,
+    threshold: float | None = None,
     rows: Rows = None,
 ) -> Plan:
     """Reweight what hallucination heads read: softmax weights times ``text`` or ``image``, not renormalised.
 
-    The rows are the last prompt row and every generated one; "text" are the keys after the image. This is the
-    reweighting of the paper's figure 6, at every step. Code: github.com/TianyunYoung/Hallucination-Attribution; what
-    was read of it sets ``attn_weights[:, head, -1, image_end:] = 0`` after the softmax, at steps where these weights
-    sum to a threshold or more. That condition depends on the data and is left out here, and that the factors of
-    figure 6 are not renormalised either was not confirmed.
+    The rows are the last prompt row and every generated one; "text" are the keys after the image. With a ``threshold``
+    this is adaptive deactivation (AD-HH): at steps where a head's text weights sum to it or more they are set to 0.
+    Without one it is the reweighting of the paper's figure 6. Code: github.com/TianyunYoung/Hallucination-Attribution;
+    its modified attention was read in a fork of it, and that the factors of figure 6 are not renormalised either was
+    not confirmed.
 
     Args:
         model: a vision-language model; only its sizes are read.
-        heads: (layer, head) pairs. The official code lists 20 for LLaVA-1.5-7B.
+        heads: (layer, head) pairs. The official scripts take 20 for LLaVA-1.5-7B, 10 for MiniGPT-4.
         text: factor on text keys after the image; 0 deactivates them, 1 changes nothing.
-        image: factor on visual keys; 1 changes nothing.
+        image: factor on visual keys, at every step; 1 changes nothing. Not together with a threshold.
+        threshold: weight on text from which a head is deactivated; 0.5 in the official script for MiniGPT-4. None: at
+            every step.
         rows: batch rows (None: all).
     """
     opened(model, sees="adhh")
+    if threshold is not None:
+        if image != 1.0:
+            raise ValueError("adhh with a threshold changes text weights only; leave image at 1")
+        return Plan([GateRoute(heads, TEXT, text, threshold, to=ANSWER, rows=rows)])
     edits: list[Edit] = []
     for source, by in ((TEXT, text), (("visual",), image)):
         if by != 1.0:

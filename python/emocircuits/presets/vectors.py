@@ -46,3 +46,38 @@ def caa(
     geometry = opened(model).geometry
     to = [to] if isinstance(to, str) else to
     return Plan([AddVector(some_layers(geometry, layers, ()), vector, "resid_post", alpha, to=to, rows=rows)])
+
+
+@preset(
+    formula="h' = |h|·u/|u| with u = h/|h| + λ·v/|v|, at the output of every MLP, all rows",
+    paper="Li et al. 2025, The Hidden Life of Tokens (VISTA), arXiv 2502.03628",
+    needs="a visual steering vector for every layer: last-token activations with the image minus those without it",
+)
+def vista(
+    model: nn.Module,
+    vectors: Any,
+    strength: float = 0.17,
+    *,
+    layers: int | Iterable[int] | None = None,
+    relative: bool = True,
+    rows: Rows = None,
+) -> Plan:
+    """VISTA's visual steering vector: added to MLP outputs, which keep their length.
+
+    The rule is that of the official code's simple mode (VSVLayer in llm_layers.py of github.com/LzVv123456/VISTA, read
+    in forks of it); its default mode also multiplies lambda by ``1 + max(0, cos(h, -v))``, which depends on the data
+    and is left out here. ``relative=False`` adds ``strength * v`` as it is before the length is restored, as others
+    read the paper's equations. The second half of VISTA, self-logits augmentation, is not part of a plan.
+
+    Args:
+        model: only its sizes are read.
+        vectors: ``[n_layers, d_model]`` in the order of ``layers``, or one ``[d_model]`` for all of them. The paper
+            takes them from the one prompt at hand; give such a plan ``rows`` in a batch.
+        strength: lambda; 0.17 for LLaVA-1.5 in the official script.
+        layers: by default all of them.
+        relative: whether the vector gives a direction only, and lambda is in units of the length of h.
+        rows: batch rows (None: all).
+    """
+    geometry = opened(model).geometry
+    chosen = some_layers(geometry, layers, range(geometry.layers))
+    return Plan([AddVector(chosen, vectors, "mlp_out", strength, "keep", relative, rows=rows)])

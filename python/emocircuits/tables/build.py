@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from emocircuits.edits import AddHead, BoostRoute, GateHeads, NeuronEdit, ReplaceHead, ScaleHead, VectorEdit
+from emocircuits.edits import AddHead, BoostRoute, GateHeads, GateRoute, NeuronEdit, ReplaceHead, ScaleHead, VectorEdit
 from emocircuits.families import Geometry
 from emocircuits.plan import Plan
 from emocircuits.tables.attention import HeadBuilder, RouteBuilder
-from emocircuits.tables.gates import GateTable
+from emocircuits.tables.gates import Gate, HeadGate, RouteGate, check_gates
 from emocircuits.tables.layer import LayerTables
 from emocircuits.tables.neurons import NeuronBuilder
 from emocircuits.tables.space import Space
@@ -20,13 +20,14 @@ def check(plan: Plan, geometry: Geometry) -> None:
 
     Raises:
         ValueError: a layer, head or neuron out of range, or a vector of the wrong length.
-        NotImplementedError: neurons of a mixture of experts.
+        NotImplementedError: neurons of a mixture of experts, or a GateRoute on a head that a BoostRoute changes.
     """
     for i, edit in enumerate(plan):
         try:
             edit.check(geometry)
         except (ValueError, NotImplementedError) as error:
             raise type(error)(f"edit {i} ({type(edit).__name__}): {error}") from None
+    check_gates(plan)
 
 
 def compile_plan(
@@ -57,7 +58,7 @@ class _LayerBuilder:
     def __init__(self, space: Space) -> None:
         self.space = space
         self.routes, self.heads, self.neurons = RouteBuilder(space), HeadBuilder(space), NeuronBuilder(space)
-        self.gates: dict[str, GateTable] = {}
+        self.gates: dict[str, Gate] = {}
         self.vectors: dict[str, VectorBuilder] = {}
 
     def add(self, edit: object, layer: int) -> None:
@@ -66,7 +67,9 @@ class _LayerBuilder:
         elif isinstance(edit, ScaleHead | AddHead | ReplaceHead):
             self.heads.add(edit, layer)
         elif isinstance(edit, GateHeads):
-            self.gates[str(len(self.gates))] = GateTable.of(edit, self.space)
+            self.gates[str(len(self.gates))] = HeadGate.of(edit, self.space)
+        elif isinstance(edit, GateRoute):
+            self.gates[str(len(self.gates))] = RouteGate.of(edit, self.space, layer)
         elif isinstance(edit, NeuronEdit):
             self.neurons.add(edit, layer)
         elif isinstance(edit, VectorEdit):

@@ -1,14 +1,16 @@
-"""Gates of one layer: factors on head outputs that every row finds from its own attention, on the device."""
+"""Gates of one layer: edits of head outputs that every row finds from its own attention, on the device."""
 
 from __future__ import annotations
 
 import dataclasses as dc
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from emocircuits.edits import GateHeads
+from emocircuits.edits import BoostRoute, GateHeads, GateRoute
 from emocircuits.edits.gates import Measure
+from emocircuits.plan import Plan
 from emocircuits.tables.space import Space, by_row, phases
 from emokernels import HeadEdits, Role
 
@@ -17,10 +19,11 @@ LOGITS_AT_ONCE = 1 << 24
 
 @dc.dataclass(frozen=True)
 class Attention:
-    """One attention call, as an attention site gets it: q ``[B, H, N, D]``, k ``[B, Hkv, K, D]``."""
+    """One attention call, as an attention site gets it: q ``[B, H, N, D]``, k and v ``[B, Hkv, K, D]``."""
 
     query: Tensor
     key: Tensor
+    value: Tensor
     mask: Tensor | None
     scale: float | None
     causal: bool
@@ -41,7 +44,10 @@ class Attention:
         if self.mask is not None:
             mask = self.mask.expand(b, -1, -1, -1)
             mask = mask.gather(2, rows[:, None, :, None].expand(b, mask.shape[1], n, keys))
-            return logits, mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+            if mask.dtype == torch.bool:
+                return logits, mask
+            seen = mask > torch.finfo(mask.dtype).min / 2
+            return logits + mask.masked_fill(~seen, 0.0), seen
         if self.causal:
             last = rows + keys - self.query.shape[2]
             return logits, (torch.arange(keys, device=rows.device) <= last[..., None])[:, None]
@@ -49,8 +55,8 @@ class Attention:
 
 
 @dc.dataclass(frozen=True)
-class GateTable:
-    """One gate: factors ``by [B|1, R]`` for the heads that are not among the ``keep`` most attentive of a row."""
+class HeadGate:
+    """GateHeads: factors ``by [B|1, R]`` for the heads that are not among the ``keep`` most attentive of a row."""
 
     by: Tensor
     keep: int
@@ -59,33 +65,23 @@ class GateTable:
     active: frozenset[str]
 
     @classmethod
-    def of(cls, edit: GateHeads, space: Space) -> GateTable:
+    def of(cls, edit: GateHeads, space: Space) -> HeadGate:
         """The table of one edit."""
         by = space.full((), 1.0)
         by[space.selection(edit)] = edit.by
-        source = tuple(int(Role[name.upper()]) for name in edit.source)
-        return cls(by, edit.keep, source, edit.measure, phases(by != 1.0))
+        return cls(by, edit.keep, _numbers(edit.source), edit.measure, phases(by != 1.0))
 
-    def factors(self, attention: Attention, kinds: Tensor, now: frozenset[str]) -> Tensor | None:
-        """Factors ``[B, N, H]`` on the head outputs of rows of these ``kinds [B, N]``; None where nothing changes."""
-        if now.isdisjoint(self.active):
-            return None
+    def apply(self, heads: HeadEdits, attention: Attention, kinds: Tensor) -> HeadEdits:
+        """``heads`` with the factors in them, for rows of these ``kinds [B, N]``."""
         b, h, n, _ = attention.query.shape
         by = by_row(self.by, kinds).expand(b, n)
-        rows = torch.arange(n, device=kinds.device).expand(b, n)
-        chosen = n > 1 and not torch.compiler.is_compiling()
-        if chosen:
-            # Of a prompt often only the last row is gated: the others need no logits. A prompt may ask the device.
-            changed = (by != 1.0).int()
-            rows = changed.argsort(dim=1, descending=True, stable=True)[:, : max(1, int(changed.sum(1).max()))]
-        step = max(1, LOGITS_AT_ONCE // (b * h * attention.key.shape[2]))
-        parts = [self._gate(attention, part, by.gather(1, part)) for part in rows.split(step, 1)]
-        gate = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-        if not chosen:
-            return gate
-        return gate.new_ones(b, n, h).scatter(1, rows[..., None].expand(-1, -1, h), gate)
+        rows, parts = _gated_rows(by != 1.0, attention)
+        gate = _joined([self._factors(attention, part, by.gather(1, part)) for part in parts])
+        if rows is not None:
+            gate = gate.new_ones(b, n, h).scatter(1, rows[..., None].expand(-1, -1, h), gate)
+        return dc.replace(heads, scale=gate if heads.scale is None else heads.scale * gate)
 
-    def _gate(self, attention: Attention, rows: Tensor, by: Tensor) -> Tensor:
+    def _factors(self, attention: Attention, rows: Tensor, by: Tensor) -> Tensor:
         """Factors ``[B, n, H]`` of some rows ``[B, n]``."""
         logits, seen = attention.logits(rows)
         source = _any_of(attention.key_roles, self.source)[:, None, None, :]
@@ -98,18 +94,94 @@ class GateTable:
         return by[..., None].expand(score.shape).to(score.dtype).scatter(-1, kept, 1.0)
 
 
+@dc.dataclass(frozen=True)
+class RouteGate:
+    """GateRoute: factors ``by [B|1, R, H]`` on the weights of the source, where they sum to ``threshold`` or more."""
+
+    by: Tensor
+    threshold: Tensor
+    source: tuple[int, ...]
+    active: frozenset[str]
+
+    @classmethod
+    def of(cls, edit: GateRoute, space: Space, layer: int) -> RouteGate:
+        """The table of one edit in one layer."""
+        by = space.full((space.geometry.heads,), 1.0)
+        rows, kinds = space.selection(edit)
+        for at, head in edit.heads:
+            if at == layer:
+                by[rows, kinds, head] = edit.by
+        return cls(by, by.new_tensor(edit.threshold), _numbers(edit.source), phases(by != 1.0))
+
+    def apply(self, heads: HeadEdits, attention: Attention, kinds: Tensor) -> HeadEdits:
+        """``heads`` with what the weights' change adds to head outputs, for rows of these ``kinds [B, N]``."""
+        b, h, n, d = attention.query.shape
+        by = by_row(self.by, kinds).expand(b, n, h)
+        rows, parts = _gated_rows((by != 1.0).any(-1), attention)
+        shift = _joined([self._change(attention, part, by) for part in parts])
+        if rows is not None:
+            shift = shift.new_zeros(b, n, h, d).scatter(1, rows[..., None, None].expand(-1, -1, h, d), shift)
+        # Head edits act on the output as the gate leaves it: their factor holds for its change too.
+        if heads.scale is not None:
+            shift = shift * heads.scale[..., None]
+        return dc.replace(heads, shift=shift if heads.shift is None else heads.shift + shift)
+
+    def _change(self, attention: Attention, rows: Tensor, by: Tensor) -> Tensor:
+        """``(by - 1) * sum_j p_j v_j`` over keys of the source, ``[B, n, H, D]``, zero below the threshold."""
+        logits, seen = attention.logits(rows)
+        logits = logits if seen is None else logits.masked_fill(~seen, -torch.inf)
+        p = logits.softmax(-1).nan_to_num(0.0) * _any_of(attention.key_roles, self.source)[:, None, None, :]
+        b, h, n, keys = p.shape
+        kv, value = attention.key.shape[1], attention.value
+        read = (p.to(value.dtype).reshape(b, kv, h // kv * n, keys) @ value).reshape(b, h, n, -1).to(p.dtype)
+        factor = by.gather(1, rows[..., None].expand(-1, -1, h)).to(p.dtype) - 1.0
+        factor = torch.where(p.sum(-1).transpose(1, 2) >= self.threshold, factor, 0.0)
+        return factor[..., None] * read.transpose(1, 2)
+
+
+Gate = HeadGate | RouteGate
+
+
 def gated(
-    gates: dict[str, GateTable], heads: HeadEdits | None, attention: Attention, kinds: Tensor, now: frozenset[str]
+    gates: dict[str, Gate], heads: HeadEdits | None, attention: Attention, kinds: Tensor, now: frozenset[str]
 ) -> HeadEdits | None:
-    """Head edits with the factors of all gates in them."""
-    scale = None if heads is None else heads.scale
-    for gate in gates.values():
-        factors = gate.factors(attention, kinds, now)
-        if factors is not None:
-            scale = factors if scale is None else scale * factors
-    if heads is None:
-        return None if scale is None else HeadEdits(scale=scale)
-    return HeadEdits(scale=scale, shift=heads.shift, replace=heads.replace, mask=heads.mask)
+    """Head edits with all gates in them: routes before heads, as in the order of a block."""
+    for kind in (HeadGate, RouteGate):
+        for gate in gates.values():
+            if isinstance(gate, kind) and not now.isdisjoint(gate.active):
+                heads = gate.apply(HeadEdits() if heads is None else heads, attention, kinds)
+    return heads
+
+
+def check_gates(plan: Plan) -> None:
+    """NotImplementedError where a GateRoute meets a BoostRoute: its weights would be those before the boost."""
+    boosted = {pair for edit in plan if isinstance(edit, BoostRoute) for pair in edit.heads}
+    for i, edit in enumerate(plan):
+        both = boosted.intersection(edit.heads) if isinstance(edit, GateRoute) else ()
+        if both:
+            raise NotImplementedError(
+                f"edit {i} (GateRoute): head {min(both)} also has a BoostRoute; leave one of them out for this head"
+            )
+
+
+def _gated_rows(gated: Tensor, attention: Attention) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+    """Rows ``[B, n]`` that cover those where ``gated [B, N]``, None for all in order, and the same in bounded parts."""
+    (b, n), chosen = gated.shape, None
+    rows = torch.arange(n, device=gated.device).expand(b, n)
+    if n > 1 and not torch.compiler.is_compiling():
+        # Of a prompt often only the last row is gated: the others need no logits. A prompt may ask the device.
+        count = max(1, int(gated.sum(1).max()))
+        rows = chosen = gated.int().argsort(dim=1, descending=True, stable=True)[:, :count]
+    step = max(1, LOGITS_AT_ONCE // (b * attention.query.shape[1] * attention.key.shape[2]))
+    return chosen, rows.split(step, 1)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _numbers(names: Sequence[str]) -> tuple[int, ...]:
+    return tuple(int(Role[name.upper()]) for name in names)
 
 
 def _any_of(roles: Tensor, wanted: tuple[int, ...]) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from emocircuits.tables.attention import HeadTable
-from emocircuits.tables.gates import GateTable
+from emocircuits.tables.gates import Gate
 from emocircuits.tables.neurons import NeuronTable
 from emocircuits.tables.vectors import VectorTable
 from emokernels import Routes
@@ -20,7 +20,7 @@ class LayerTables:
 
     routes: Routes | None = None
     heads: HeadTable | None = None
-    gates: dict[str, GateTable] = dc.field(default_factory=dict)
+    gates: dict[str, Gate] = dc.field(default_factory=dict)
     neurons: NeuronTable | None = None
     vectors: dict[str, VectorTable] = dc.field(default_factory=dict)
     attention_phases: frozenset[str] = frozenset()
