@@ -4,8 +4,8 @@ While a model is patched, three things differ from the model left alone, all und
 
 - if the plan edits attention, the decoder uses our attention function, which hands unedited layers to the stock one;
 - modules that the plan edits carry a hook, a site or a wrapped forward; modules it does not edit carry nothing;
-- the backbone has a pre-hook that finds the roles of the tokens (:mod:`emocircuits.context`), and ``generate`` marks
-  its steps and refuses what a plan cannot follow (:mod:`emocircuits.generation`).
+- the backbone's forward is wrapped, to find the roles of the tokens first (:mod:`emocircuits.context`), and
+  ``generate`` marks its steps and refuses what a plan cannot follow (:mod:`emocircuits.generation`).
 
 Where edits act during a forward pass is in :mod:`emocircuits.sites`.
 """
@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -24,12 +24,14 @@ from torch import Tensor, nn
 
 from emocircuits import attention as hf_attention
 from emocircuits.context import Context
+from emocircuits.devices import device_of, dtype_of, moved
 from emocircuits.families import Handle, open_model
 from emocircuits.folding import Folding
-from emocircuits.generation import generate, refuse_attentions
+from emocircuits.generation import generate, refuse_attentions, refuse_paged, refused_methods
 from emocircuits.plan import Plan
-from emocircuits.sites import ATTENTION, Place, Reader, State, Tap, Tapped, install, install_tap, places
+from emocircuits.sites import ATTENTION, NEURONS, Place, Reader, State, Tap, Tapped, install, install_tap, places
 from emocircuits.tables import check, compile_plan
+from emocircuits.training import keep_for_backward, refuse_dropout
 from emocircuits.undo import Changes
 from emokernels import Role
 from emokernels.backends import resolve
@@ -55,14 +57,17 @@ class Patched:
     ) -> None:
         self.handle: Handle = open_model(model)
         self.folding = Folding(self.handle) if fold else None
-        self.model, self.plan, self.backend = model, plan, backend
-        resolved = resolve(backend, next(self.handle.text.parameters()))
+        # Adapters (PEFT) are wrapped around the model that is patched.
+        self.model, self.plan, self.backend = self.handle.model, plan, backend
         self._check(plan)
+        refuse_paged(self.handle.text_config._attn_implementation)
+        self._device, self._dtype = device_of(self.handle.text), dtype_of(self.handle.text)
+        resolved = resolve(backend, torch.empty(0, device=self._device, dtype=self._dtype))
         self.context = Context(self.handle.placeholder_ids(), roles)
         self.state = State(self.context, resolved)
         self._tap = tap
-        self._filled: tuple[Plan, int | None] | None = None
-        self._changes = Changes()
+        self._filled: tuple[Plan, int | None, int] | None = None
+        self._changes, self._at_places = Changes(), Changes()
         self._installed: set[Place] = set()
 
     # -- checks --------------------------------------------------------------------------------------------------
@@ -89,6 +94,7 @@ class Patched:
         try:
             self._changes.set(model, MARK, self)
             self._install()
+            self.state.open = True
         except BaseException:
             self._restore()
             raise
@@ -103,16 +109,23 @@ class Patched:
         try:
             self._changes.undo()
         finally:
+            self.state.open = False
             self.state.tables, self.state.readers = {}, {}
             self._filled, self._installed = None, set()
             self.context.reset()
 
     def _install(self) -> None:
         model, changes = self.model, self._changes
-        changes.hook(self.handle.backbone.register_forward_pre_hook, self._before_forward, with_kwargs=True)
+        backbone = self.handle.backbone
+        # A hook would send every call down torch's slow path, and graphs compiled without it would not notice it.
+        forward = functools.update_wrapper(functools.partial(self._forward, backbone.forward), backbone.forward)
+        changes.set(backbone, "forward", forward)
         if hasattr(model, "generate"):
             original = getattr(model, "generate")  # noqa: B009
             changes.set(model, "generate", functools.partial(generate, model, self.context, original))
+        for name, refuse in refused_methods(model):
+            changes.set(model, name, refuse)
+        changes.callback(self._at_places.undo)
         if self.folding is not None:
             changes.callback(self.folding.undo)
         self._install_places(self._unfolded(self.plan))
@@ -153,8 +166,31 @@ class Patched:
         if any(kind == ATTENTION for _, kind in wanted - self._installed):
             self._switch_attention()
         for place in sorted(wanted - self._installed):
-            install(place, self.handle, self.state, self._changes)
+            install(place, self.handle, self.state, self._at_places)
         self._installed |= wanted
+        self._stamp()
+
+    def _stamp(self) -> None:
+        """Compiled graphs read this: one that was made with hooks elsewhere must not serve."""
+        self.state.stamp = f"{id(self)} {sorted(self._installed)}"
+
+    def _follow_modules(self) -> None:
+        """Move to modules that were put in place of patched ones: adapters that were added inside the block."""
+        path = self.handle.family.down_projection
+        edited = [layer for layer, kind in self._installed if kind == NEURONS]
+        if all(self.handle.layers[i].get_submodule(path) is self.handle.down_projections[i] for i in edited):
+            return
+        if self.folding is not None:
+            raise ValueError(
+                "modules of the patched model were replaced while gains are folded into their weights; add adapters "
+                "before patch(), or patch with fold=False"
+            )
+        installed, self._installed = self._installed, set()
+        self._at_places.undo()
+        self.handle = open_model(self.model)
+        for place in sorted(installed):
+            install(place, self.handle, self.state, self._at_places)
+        self._installed = installed
 
     # -- reading along -------------------------------------------------------------------------------------------
     def _install_taps(self, read: Mapping[Place, Any], changes: Changes) -> None:
@@ -188,27 +224,48 @@ class Patched:
             self._install_places(self._unfolded(self.plan))
 
     # -- during a forward pass -----------------------------------------------------------------------------------
-    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        refuse_attentions(module, kwargs)
-        if args:
-            kwargs = {"input_ids": args[0], **kwargs}
-        if torch.compiler.is_compiling() and self.context.may_step_compiled(kwargs):
+    def _forward(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The backbone's forward."""
+        refuse_attentions(self.handle.backbone, kwargs)
+        given = {"input_ids": args[0], **kwargs} if args else kwargs
+        if torch.compiler.is_compiling() and self.state.stamp and self.context.may_step_compiled(given):
             self.context.step_compiled()
-        else:
-            self._begin(kwargs)
+            return forward(*args, **kwargs)
+        prompt = self._begin(given)
+        output = forward(*args, **kwargs)
+        if prompt and given.get("past_key_values") is None:
+            self.context.met(getattr(output, "past_key_values", None))
+        return output
 
     @torch.compiler.disable
-    def _begin(self, kwargs: dict[str, Any]) -> None:
+    def _begin(self, kwargs: dict[str, Any]) -> bool:
         """Roles of a prompt are found, and tables filled, outside of compiled graphs."""
-        if self.context.begin(kwargs):
+        prompt = self.context.begin(kwargs)
+        if prompt:
             self._require_visual()
-            self._fill(self.context.batch)
+            self._ready()
+            self._fill(self.context.batch, self.context.expand)
+        return prompt
+
+    def _ready(self) -> None:
+        """What may have changed since the block was entered."""
+        handle = self.handle
+        self._follow_modules()
+        if handle.text.training:
+            refuse_dropout(handle.text)
+            keep_for_backward(handle, self.state, self._changes)
+        ours = (hf_attention.OVER_STOCK, hf_attention.OVER_EAGER)
+        implementation = handle.text_config._attn_implementation
+        if any(kind == ATTENTION for _, kind in self._installed) and implementation not in ours:
+            raise ValueError(
+                f"the attention implementation was set to {implementation!r} inside patch(), which takes its edits "
+                "away; set it before"
+            )
 
     def _require_visual(self) -> None:
         if Role.VISUAL not in self.plan.roles_used():
             return
-        roles = self.context.rows
-        missing = (~(roles == int(Role.VISUAL)).any(-1)).nonzero().flatten().tolist()
+        missing = self.context.without(Role.VISUAL)
         for i, edit in enumerate(self.plan):
             rows = [r for r in missing if edit.rows is None or r in edit.rows]
             if Role.VISUAL in edit.roles_used() and rows:
@@ -218,23 +275,27 @@ class Patched:
                     "give an image with every prompt, or name the rows that have one (rows=[...])"
                 )
 
-    def _fill(self, batch: int) -> None:
-        """Compile the plan for a batch of this size, unless that was just done."""
-        key = (self.plan, batch if self.plan.per_batch() else None)
-        if self._filled is None or self._filled != key:
-            plan = self.plan if self.folding is None else self.folding.put(self.plan)
-            parameter = next(self.handle.text.parameters())
-            # Tables outlive this call; made in inference mode they could not serve a gradient later.
-            with torch.inference_mode(False):
-                new = compile_plan(plan, self.handle.geometry, batch, parameter.device, parameter.dtype)
-            # Tables of the same form are refilled where they are: compiled graphs hold them.
-            if not torch.is_grad_enabled():
-                old = self.state.tables
-                for layer in old.keys() & new.keys():
-                    if old[layer].refill(new[layer]):
-                        new[layer] = old[layer]
-            self.state.tables = new
-            self._filled = key
+    def _fill(self, batch: int, expand: int = 1) -> None:
+        """Compile the plan for a batch of this size, ``expand`` rows for each of the plan's, unless that was done."""
+        key = (self.plan, batch, expand) if self.plan.per_batch() else (self.plan, None, 1)
+        if self._filled is not None and self._filled == key:
+            return
+        plan = self.plan if self.folding is None else self.folding.put(self.plan)
+        layers = self.handle.layers
+        # Tables outlive this call; made in inference mode they could not serve a gradient later.
+        with torch.inference_mode(False):
+            new = compile_plan(plan.expanded(expand), self.handle.geometry, batch, self._device, self._dtype)
+            for layer, device in ((layer, device_of(layers[layer])) for layer in new):
+                if device != self._device:
+                    new[layer] = moved(new[layer], device)
+        # Tables of the same form are refilled where they are: compiled graphs hold them.
+        if not torch.is_grad_enabled():
+            old = self.state.tables
+            for layer in old.keys() & new.keys():
+                if old[layer].refill(new[layer]):
+                    new[layer] = old[layer]
+        self.state.tables = new
+        self._filled = key
 
     def _unfolded(self, plan: Plan) -> Plan:
         """What tables and hooks have to do of a plan: all of it, or what is not folded into the weights."""
@@ -270,7 +331,8 @@ def patch(
     the block, also by an exception, restores the model bit for bit.
 
     Args:
-        model: a supported Hugging Face model (``emocircuits.families``), on any device, in any float dtype.
+        model: a supported Hugging Face model (``emocircuits.families``), on any devices, in any float dtype, with or
+            without adapters (a PeftModel) and quantised projections.
         plan: what to change. An empty plan changes nothing.
         backend: attention backend for edited layers: ``"auto"``, or a name from ``emokernels.backends()``, which then
             never falls back.
@@ -286,7 +348,8 @@ def patch(
             scaled (quantised, shared).
         NotImplementedError: the model's family, or the backend, is not available.
         ValueError, NotImplementedError: inside the block, for what a patched model cannot do: ``output_attentions``,
-            beam search, a batch whose rows do not fit the plan, a visual edit on a prompt without an image.
+            ways of generating that it cannot follow (:mod:`emocircuits.generation`), dropout, a batch whose rows do
+            not fit the plan, a visual edit on a prompt without an image.
     """
     if not isinstance(plan, Plan):
         raise TypeError(

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from emocircuits.edits import EDITS, Edit
 from emocircuits.files import read_json, write_json
 from emokernels import Role
@@ -83,6 +85,21 @@ class Plan:
         """Whether its tables depend on the size of the batch: edits that name rows, or hold a value for each row."""
         values = (getattr(e, "value", None) for e in self)
         return self.batch_rows() is not None or any(v is not None and v.ndim == 4 for v in values)
+
+    def expanded(self, times: int) -> Plan:
+        """The plan for a batch in which ``times`` rows stand for each row of this one: beams, returned sequences."""
+        if times == 1 or not self.per_batch():
+            return self
+        edits = []
+        for edit in self:
+            changes: dict[str, Any] = {}
+            if edit.rows is not None:
+                changes["rows"] = tuple(row * times + i for row in edit.rows for i in range(times))
+            value = getattr(edit, "value", None)
+            if value is not None and value.ndim == 4:
+                changes["value"] = np.repeat(np.asarray(value), times, axis=0)
+            edits.append(dc.replace(edit, **changes))
+        return Plan(edits)
 
     # -- JSON ----------------------------------------------------------------------------------------------------
     def to_dict(self) -> dict[str, Any]:

@@ -60,6 +60,8 @@ class State:
     context: Context
     backend: str
     tables: dict[int, LayerTables] = dc.field(default_factory=dict)
+    open: bool = False
+    stamp: str = ""
     readers: dict[Place, tuple[Reader, ...]] = dc.field(default_factory=dict)
 
     def show(self, place: Place, value: Any) -> None:
@@ -112,7 +114,7 @@ class AttentionSite:
         softcap: float | None = None,
     ) -> Tensor:
         """Head outputs ``[B, N, H, D]`` from Hugging Face's ``[B, H, N, D]`` inputs."""
-        context, tables = self.state.context, self.tables()
+        context, tables = self.state.context.at(query.device), self.tables()
         if softcap is None and self.may_step(query, key, value) and self.prepared is not None:
             prepared_tables, prompt, step = self.prepared
             if step is not None and prepared_tables is tables and prompt is context.prompt:
@@ -172,7 +174,7 @@ def install_tap(layer: int, handle: Handle, state: State, changes: Changes) -> N
         causal: bool,
         softcap: float | None = None,
     ) -> None:
-        context, tables = state.context, state.tables.get(layer)
+        context, tables = state.context.at(query.device), state.tables.get(layer)
         edited = tables is not None and not context.phases.isdisjoint(tables.attention_phases)
         call = Tapped(
             layer, query, key, value, mask, scaling, causal, tables.routes if tables is not None and edited else None,
@@ -187,7 +189,7 @@ def install_tap(layer: int, handle: Handle, state: State, changes: Changes) -> N
 def _edit_neurons(state: State, layer: int, forward: Callable[..., Tensor], activations: Tensor) -> Tensor:
     tables = state.tables.get(layer)
     if tables is not None and tables.neurons is not None and not state.context.phases.isdisjoint(tables.neuron_phases):
-        activations = tables.neurons.apply(activations, state.context)
+        activations = tables.neurons.apply(activations, state.context.at(activations.device))
     if state.readers:
         state.show((layer, NEURONS), activations)
     return forward(activations)

@@ -71,26 +71,6 @@ def test_output_attentions(family):
     refused(model, ValueError, "output_attentions", plan, lambda m: m.generate(**inputs, **options))
 
 
-@pytest.mark.parametrize("options", [{"num_beams": 2}, {"prompt_lookup_num_tokens": 2}, {"prefill_chunk_size": 4}])
-def test_generation_that_a_plan_cannot_follow(model, options):
-    inputs = models.prompt(model, 3, 5)
-    refused(
-        model,
-        NotImplementedError,
-        next(iter(options)),
-        VISUAL,
-        lambda m: m.generate(**inputs, max_new_tokens=2, **options),
-    )
-
-
-def test_beams_from_the_generation_config(model):
-    from transformers import GenerationConfig
-
-    inputs = models.prompt(model, 3, 5)
-    config = GenerationConfig(num_beams=3, max_new_tokens=2)
-    refused(model, NotImplementedError, "num_beams=3", VISUAL, lambda m: m.generate(**inputs, generation_config=config))
-
-
 def test_wrong_batch_rows(model):
     plan = Plan([ScaleHead([(0, 0)], by=0.0, rows=[2])])
     two = models.batch([models.prompt(model, 3, 5), models.prompt(model, 1, 5)])

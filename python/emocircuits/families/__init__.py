@@ -12,7 +12,7 @@ from emocircuits.families.catalog import FAMILIES
 from emocircuits.families.refusals import refuse
 from emocircuits.families.structure import recognise
 
-__all__ = ["FAMILIES", "Family", "Geometry", "Handle", "open_model"]
+__all__ = ["FAMILIES", "Family", "Geometry", "Handle", "open_model", "without_adapters"]
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +27,7 @@ def open_model(model: nn.Module) -> Handle:
         NotImplementedError: no plan can be put into such a model (:mod:`.refusals`), or its family, or its text
             decoder, is not known; the message lists what is missing.
     """
+    model = without_adapters(model)
     config: Any = getattr(model, "config", None)
     kind = getattr(config, "model_type", None)
     if not isinstance(model, nn.Module) or kind is None:
@@ -47,3 +48,21 @@ def open_model(model: nn.Module) -> Handle:
             f"{type(model).__name__} lacks a part that family {family.name!r} needs ({error}); "
             "pass the ...ForConditionalGeneration or ...ForCausalLM model"
         ) from error
+
+
+def without_adapters(model: nn.Module) -> nn.Module:
+    """The Hugging Face model inside a PeftModel, whose projections carry the adapters; any other model as it is.
+
+    Raises:
+        NotImplementedError: a prompt learning method, which puts columns before the prompt that have no role.
+    """
+    inner = getattr(model, "get_base_model", None)
+    if inner is None:
+        return model
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise NotImplementedError(
+            f"{model.active_peft_config.peft_type} puts virtual tokens before every prompt, which have no role; "  # type: ignore[union-attr]
+            "use adapters of weights, such as LoRA, or the model without them"
+        )
+    found: nn.Module = inner()
+    return found
