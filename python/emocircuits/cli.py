@@ -1,4 +1,4 @@
-"""The command line: ``emocircuits doctor | demo | veena``.
+"""The command line: ``emocircuits doctor | demo | veena | bench``.
 
 Results go to standard output, progress to standard error. Bad input ends with one line and exit code 2.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -40,6 +41,10 @@ def _parser() -> argparse.ArgumentParser:
     veena.add_argument("--beta", type=float, help="strength of VEE (default: as chosen for the circuit)")
     veena.add_argument("--gamma", type=float, help="strength of ENA (default: as chosen for the circuit)")
     veena.add_argument("--max-new-tokens", type=int, default=40, metavar="N", help="longest answer (default 40)")
+    from emocircuits.overhead import command as overhead
+
+    bench = command("bench", overhead.run, "What an intervention costs: time and memory beside other ways to do it.")
+    overhead.options(bench)
     return parser
 
 
@@ -111,8 +116,9 @@ def _quiet(line: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command. Returns the exit code: 0, or 2 for bad input."""
+    """Run a command. Returns the exit code: 0, 2 for bad input, 1 when ``bench --check`` finds a bound exceeded."""
     args = _parser().parse_args(arguments)
+    args.command_line = shlex.join(["emocircuits", *(sys.argv[1:] if arguments is None else arguments)])
     try:
         result = args.run(args)
     except (ValueError, TypeError, NotImplementedError, OSError) as error:
@@ -123,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     if args.json:
         print(json.dumps(result))
-    return 0
+    return int(any(not bound["kept"] for bound in result.get("bounds", ())))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,103 @@
+"""FlexAttention: logits plus a table's entry for the roles of row and key, in a ``score_mod`` that is compiled."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import flex_attention
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, flex_attention_mask
+
+from emocircuits.edits import BoostRoute
+from emocircuits.families import open_model
+from emocircuits.overhead.peers.edits import neurons, routes, use_attention
+from emocircuits.plan import Plan
+from emokernels import Role
+
+# transformers treats names with "flex_attention" in them specially.
+NAME = "emocircuits_score_mod"
+PLACE = "_emocircuits_score_mod"
+
+
+@contextlib.contextmanager
+def flex(model: nn.Module, plan: Plan, roles: Tensor) -> Iterator[None]:
+    """Put ``plan`` (logits plus ln(by), gains on neurons) into ``model``; every layer runs on FlexAttention.
+
+    Raises:
+        NotImplementedError: the plan or the model needs more than that.
+    """
+    handle = open_model(model)
+    routes(plan, roles, "logit-add")  # refuses what it cannot do
+    use_attention(model, handle, NAME)
+    tables: dict[int, Tensor] = {}
+    for edit in plan:
+        if isinstance(edit, BoostRoute):
+            for layer, head in edit.heads:
+                if layer not in tables:
+                    tables[layer] = torch.zeros(handle.geometry.heads, len(Role), len(Role), device=roles.device)
+                for source in edit.source:
+                    to = torch.tensor([int(role) for role in edit.destinations()], device=roles.device)
+                    tables[layer][head, to, int(Role[source.upper()])] += math.log(edit.by)
+    generated = torch.full((4096,), int(Role.GENERATED), device=roles.device)
+    columns = torch.cat([roles.long(), generated])
+    with contextlib.ExitStack() as undo:
+        undo.enter_context(neurons(handle, plan))
+        for layer, module in enumerate(handle.attentions):
+            module.__dict__[PLACE] = (tables.get(layer), columns)
+            undo.callback(module.__dict__.pop, PLACE)
+        yield
+
+
+def _boosted(q: Tensor, k: Tensor, v: Tensor, table: Tensor, to: Tensor, of: Tensor, **options: Any) -> Tensor:
+    def add(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return score + table[h, to[i], of[j]]
+
+    found = flex_attention(q, k, v, score_mod=add, **options)
+    assert isinstance(found, Tensor)
+    return found
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    found = flex_attention(q, k, v, **options)
+    assert isinstance(found, Tensor)
+    return found
+
+
+@functools.cache
+def _compiled(device: str) -> tuple[Any, Any]:
+    # One shape a graph on a CPU, where the kernel of dynamic decode steps does not compile (torch 2.13).
+    dynamic = False if device == "cpu" else None
+    return torch.compile(_boosted, dynamic=dynamic), torch.compile(_plain, dynamic=dynamic)
+
+
+def _attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float | None = None, **options: Any
+) -> tuple[Tensor, None]:
+    refused = [n for n in ("softcap", "s_aux", "position_bias") if options.get(n) is not None]
+    if refused:
+        raise NotImplementedError(f"attention with {', '.join(refused)}")
+    table, columns = module.__dict__[PLACE]
+    heads, share = query.shape[1], query.shape[1] // key.shape[1]
+    grouped = share > 1
+    if grouped and heads & (heads - 1):
+        # As transformers does for numbers of heads that are no power of two.
+        key, value, grouped = key.repeat_interleave(share, 1), value.repeat_interleave(share, 1), False
+    boosted, plain = (_boosted, _plain) if torch.compiler.is_compiling() else _compiled(query.device.type)
+    same = dict(block_mask=mask, scale=scaling, enable_gqa=grouped)
+    if table is None:
+        z = plain(query, key, value, **same)
+    else:
+        rows = query.shape[2]
+        to = columns[-1:] if rows == 1 else columns[:rows]
+        z = boosted(query, key, value, table, to, columns[: key.shape[2]], **same)
+    return z.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, flex_attention_mask)
