@@ -30,25 +30,32 @@ class Attention:
     softcap: float | None
     key_roles: Tensor
 
-    def logits(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Logits ``[B, H, n, K]`` of the rows ``[B, n]``, and which keys they see (``[B|1, 1|H, n, K]``; None: all)."""
-        b, h, _, d = self.query.shape
-        kv, keys, n = self.key.shape[1], self.key.shape[2], rows.shape[1]
-        query = self.query.gather(2, rows[:, None, :, None].expand(b, h, n, d))
-        grouped = query.reshape(b, kv, h // kv * n, d) @ self.key.mT
-        logits = grouped.reshape(b, h, n, keys)
+    def logits(self, rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Logits ``[B, H, n, K]`` of the rows ``[B, n]`` (None: all), and which keys they see.
+
+        The second is bool ``[B|1, 1|H, n, K]``, or None when they see all.
+        """
+        query, mask = self.query, self.mask
+        b, h, n, d = query.shape
+        kv, keys = self.key.shape[1], self.key.shape[2]
+        if rows is not None:
+            n = rows.shape[1]
+            query = query.gather(2, rows[:, None, :, None].expand(b, h, n, d))
+            if mask is not None:
+                mask = mask.expand(b, -1, -1, -1)
+                mask = mask.gather(2, rows[:, None, :, None].expand(b, mask.shape[1], n, keys))
+        logits = (query.reshape(b, kv, h // kv * n, d) @ self.key.mT).reshape(b, h, n, keys)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         logits = logits * (d**-0.5 if self.scale is None else self.scale)
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
-        if self.mask is not None:
-            mask = self.mask.expand(b, -1, -1, -1)
-            mask = mask.gather(2, rows[:, None, :, None].expand(b, mask.shape[1], n, keys))
+        if mask is not None:
             if mask.dtype == torch.bool:
                 return logits, mask
             seen = mask > torch.finfo(mask.dtype).min / 2
             return logits + mask.masked_fill(~seen, 0.0), seen
-        if self.causal:
+        if self.causal and self.query.shape[2] > 1:
+            rows = torch.arange(n, device=query.device)[None] if rows is None else rows
             last = rows + keys - self.query.shape[2]
             return logits, (torch.arange(keys, device=rows.device) <= last[..., None])[:, None]
         return logits, None
@@ -76,12 +83,12 @@ class HeadGate:
         b, h, n, _ = attention.query.shape
         by = by_row(self.by, kinds).expand(b, n)
         rows, parts = _gated_rows(by != 1.0, attention)
-        gate = _joined([self._factors(attention, part, by.gather(1, part)) for part in parts])
+        gate = _joined([self._factors(attention, part, by if part is None else by.gather(1, part)) for part in parts])
         if rows is not None:
             gate = gate.new_ones(b, n, h).scatter(1, rows[..., None].expand(-1, -1, h), gate)
         return dc.replace(heads, scale=gate if heads.scale is None else heads.scale * gate)
 
-    def _factors(self, attention: Attention, rows: Tensor, by: Tensor) -> Tensor:
+    def _factors(self, attention: Attention, rows: Tensor | None, by: Tensor) -> Tensor:
         """Factors ``[B, n, H]`` of some rows ``[B, n]``."""
         logits, seen = attention.logits(rows)
         source = _any_of(attention.key_roles, self.source)[:, None, None, :]
@@ -126,7 +133,7 @@ class RouteGate:
             shift = shift * heads.scale[..., None]
         return dc.replace(heads, shift=shift if heads.shift is None else heads.shift + shift)
 
-    def _change(self, attention: Attention, rows: Tensor, by: Tensor) -> Tensor:
+    def _change(self, attention: Attention, rows: Tensor | None, by: Tensor) -> Tensor:
         """``(by - 1) * sum_j p_j v_j`` over keys of the source, ``[B, n, H, D]``, zero below the threshold."""
         logits, seen = attention.logits(rows)
         logits = logits if seen is None else logits.masked_fill(~seen, -torch.inf)
@@ -134,7 +141,8 @@ class RouteGate:
         b, h, n, keys = p.shape
         kv, value = attention.key.shape[1], attention.value
         read = (p.to(value.dtype).reshape(b, kv, h // kv * n, keys) @ value).reshape(b, h, n, -1).to(p.dtype)
-        factor = by.gather(1, rows[..., None].expand(-1, -1, h)).to(p.dtype) - 1.0
+        by = by if rows is None else by.gather(1, rows[..., None].expand(-1, -1, h))
+        factor = by.to(p.dtype) - 1.0
         factor = torch.where(p.sum(-1).transpose(1, 2) >= self.threshold, factor, 0.0)
         return factor[..., None] * read.transpose(1, 2)
 
@@ -164,15 +172,17 @@ def check_gates(plan: Plan) -> None:
             )
 
 
-def _gated_rows(gated: Tensor, attention: Attention) -> tuple[Tensor | None, tuple[Tensor, ...]]:
-    """Rows ``[B, n]`` that cover those where ``gated [B, N]``, None for all in order, and the same in bounded parts."""
+def _gated_rows(gated: Tensor, attention: Attention) -> tuple[Tensor | None, Sequence[Tensor | None]]:
+    """Rows ``[B, n]`` that cover those where ``gated [B, N]``, and the same in bounded parts; None for all in order."""
     (b, n), chosen = gated.shape, None
-    rows = torch.arange(n, device=gated.device).expand(b, n)
+    step = max(1, LOGITS_AT_ONCE // (b * attention.query.shape[1] * attention.key.shape[2]))
     if n > 1 and not torch.compiler.is_compiling():
         # Of a prompt often only the last row is gated: the others need no logits. A prompt may ask the device.
         count = max(1, int(gated.sum(1).max()))
-        rows = chosen = gated.int().argsort(dim=1, descending=True, stable=True)[:, :count]
-    step = max(1, LOGITS_AT_ONCE // (b * attention.query.shape[1] * attention.key.shape[2]))
+        chosen = gated.int().argsort(dim=1, descending=True, stable=True)[:, :count]
+    elif n <= step:
+        return None, (None,)
+    rows = torch.arange(n, device=gated.device).expand(b, n) if chosen is None else chosen
     return chosen, rows.split(step, 1)
 
 
