@@ -207,6 +207,19 @@ def test_with_a_plan(model, rows):
         assert ours[i, -STEPS:].tolist() == [int(t) for t in tokens]
 
 
+def test_beams_with_a_plan(model, rows):
+    """Beams of a patched batch of branches are those of the same branches one batch at a time."""
+    inputs = models.batch(rows)
+    plan = presets.pai(model, 0.9, layers=(0, 1))
+    options = dict(max_new_tokens=STEPS, do_sample=False, suppress_tokens=SUPPRESS, num_beams=2)
+    contrast = Contrast(model, [inputs, models.batch(instructed(model, rows))], (1.0, 0.0), plausibility=0.0)
+    with patch(model, contrast.plan(plan)):
+        ours = contrast.generate(**options)
+    with patch(model, plan):
+        assert torch.equal(ours, model.generate(**inputs, **options))
+    assert not torch.equal(ours, model.generate(**inputs, **options))
+
+
 def test_the_model_is_left_as_it_was(model, rows):
     before = set(model.__dict__)
     contrast = build("vcd", model, rows)[0]
