@@ -115,4 +115,8 @@ def vcd_noise(pixels: Tensor, step: int = 500, *, generator: torch.Generator | N
     betas = torch.linspace(-6, 6, STEPS, dtype=torch.float64).sigmoid() * (0.5e-2 - 1e-5) + 1e-5
     kept = float((1 - betas).cumprod(0)[step])
     noise = torch.randn(pixels.shape, generator=generator, device=pixels.device, dtype=torch.float32).to(pixels.dtype)
-    return kept**0.5 * pixels + (1 - kept) ** 0.5 * noise
+    noised = kept**0.5 * pixels + (1 - kept) ** 0.5 * noise
+    if pixels.ndim < 5:
+        return noised
+    # [rows, images or tiles, ...]: what is zero all over pads rows that hold fewer, and models tell it by that.
+    return noised.masked_fill((pixels == 0).flatten(2).all(-1)[(..., *[None] * (pixels.ndim - 2))], 0.0)
