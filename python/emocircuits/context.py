@@ -73,6 +73,8 @@ class Context:
         self.columns: Columns | None = None
         self.prompt = torch.empty(0)
         self.query_roles: Tensor | None = None
+        self._selected: Tensor | None = None
+        self._kinds: Tensor | None = None
         self.first = self.seen = 0
         self._count: Tensor | None = None
         self._generated: Tensor | None = None
@@ -119,9 +121,24 @@ class Context:
             self.query_roles = self.columns.roles[:, self.first : self.seen]
         return self.query_roles
 
+    @property
+    def kinds(self) -> Tensor:
+        """Kinds ``[B, N]`` of the rows in progress: their roles, or what `select` says of tokens of the prompt."""
+        if self._selected is None or not self.prefill:
+            return self.rows
+        if self._kinds is None:
+            kinds, rows = self._selected[:, self.first : self.seen], self.rows
+            # Without a cache the prompt is run again with what was generated after it.
+            self._kinds = torch.cat([kinds, rows[:, kinds.shape[1] :].to(kinds.dtype)], 1)
+        return self._kinds
+
+    def select(self, kinds: Tensor | None) -> None:
+        """Take the kinds ``[B, seen]`` of all tokens up to the end of the prompt in progress; None: their roles."""
+        self._selected, self._kinds = kinds, None
+
     def reset(self) -> None:
         """Forget the last prompt."""
-        self.columns = self.query_roles = self._cache = None
+        self.columns = self.query_roles = self._cache = self._selected = None
         self.first = self.seen = 0
         self._counted = False
         self._elsewhere, self._snapshot = {}, None
@@ -312,7 +329,7 @@ class Context:
         columns.grow(self.seen)
         columns.seen = self.seen
         self._ready_to_compile(batch, self.seen)
-        self.query_roles = self._snapshot = None  # made when a layer asks
+        self.query_roles = self._snapshot = self._kinds = None  # made when a layer asks
         self._keys = {}
         self._mask = None
 

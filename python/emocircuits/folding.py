@@ -57,6 +57,8 @@ def split(plan: Plan) -> tuple[Gains, Plan]:
 def _varies(edit: ScaleNeurons) -> str | None:
     if edit.rows is not None:
         return f"it acts on batch rows {list(edit.rows)} only"
+    if edit.positions is not None:
+        return f"it acts on positions {list(edit.positions)} only"
     if edit.phase != "both":
         return f"it acts in phase={edit.phase!r} only"
     if set(edit.destinations()) != set(Role):
@@ -71,6 +73,11 @@ class Folding:
         self.handle = handle
         self._gains: Gains = {}
         self._folded: list[Folded] = []
+
+    @property
+    def layers(self) -> set[int]:
+        """Layers with folded gains."""
+        return set(self._gains)
 
     def rest(self, plan: Plan) -> Plan:
         """What is left of a plan for the tables.
@@ -121,12 +128,23 @@ class Folding:
     def _weight(self, layer: int) -> tuple[Tensor, int]:
         modules = self.handle.down_projections
         module = modules[layer]
+        kind = type(module)
         if not isinstance(module, nn.Linear | Conv1D):
             raise ValueError(
-                f"layer {layer} cannot be folded: its down projection is a {type(module).__name__}, "
+                f"layer {layer} cannot be folded: its down projection is a {kind.__module__}.{kind.__qualname__}, "
                 "not a plain linear layer; patch with fold=False"
             )
         weight = module.weight
+        if weight.is_meta or not weight.is_floating_point():
+            state = "offloaded (on the meta device)" if weight.is_meta else f"quantised ({weight.dtype})"
+            raise ValueError(
+                f"layer {layer} cannot be folded: the weight of its down projection is {state}; patch with fold=False"
+            )
+        if kind.forward not in (nn.Linear.forward, Conv1D.forward):
+            raise ValueError(
+                f"layer {layer} cannot be folded: {kind.__module__}.{kind.__qualname__} has a forward of its own, "
+                "which may not read the weight as it is; patch with fold=False"
+            )
         others = [i for i, other in enumerate(modules) if i != layer and getattr(other, "weight", None) is weight]
         if others:
             raise ValueError(

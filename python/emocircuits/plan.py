@@ -82,9 +82,10 @@ class Plan:
         return max(rows) + 1 if rows else None
 
     def per_batch(self) -> bool:
-        """Whether its tables depend on the size of the batch: edits that name rows, or hold a value for each row."""
+        """Whether its tables depend on the batch: edits that name rows or positions, or hold a value for each row."""
         values = (getattr(e, "value", None) for e in self)
-        return self.batch_rows() is not None or any(v is not None and v.ndim == 4 for v in values)
+        named = self.batch_rows() is not None or any(e.positions is not None for e in self)
+        return named or any(v is not None and v.ndim == 4 for v in values)
 
     def expanded(self, times: int) -> Plan:
         """The plan for a batch in which ``times`` rows stand for each row of this one: beams, returned sequences."""

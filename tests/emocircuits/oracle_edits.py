@@ -14,6 +14,10 @@ def applies(edit, roles, row: int, column: int) -> bool:
         return False
     if edit.phase == "decode" and role != "generated":
         return False
+    if edit.positions is not None:
+        tokens = [c for c, other in enumerate(roles[row]) if other not in ("pad", "generated")]
+        if column not in tokens or not {tokens.index(column), tokens.index(column) - len(tokens)} & set(edit.positions):
+            return False
     return edit.to is None or role in edit.to
 
 

@@ -47,6 +47,10 @@ def _edits(geometry, rng, visual, rows, neurons):
         return size * torch.randn(*shape, generator=generator)
 
     def where():
+        """Roles, or positions of text at the end of the prompt and at its beginning, or both."""
+        if rng.random() < 0.3:
+            positions = rng.sample([0, 1, -1, -2, -3], rng.randint(1, 3))
+            return {"rows": rows, "positions": positions, "to": rng.choice([None, None, ["query"]])}
         return {"rows": rows, "to": rng.choice([None, *([r] for r in places), rng.sample(places, 2)])}
 
     def heads(n):
@@ -64,6 +68,8 @@ def _edits(geometry, rng, visual, rows, neurons):
             by = rng.uniform(low, high)
             edits.append(BoostRoute(heads(2), to=to, source=source, by=by, reading=reading, rows=rows))
     edits += [
+        BoostRoute(heads(3), source=sources[0], by=2.0, positions=[0, -1], rows=rows),
+        BoostRoute(heads(3), source=sources[:2], by=0.5, reading="logit-add", positions=[-2, -1], rows=rows),
         ScaleHead(heads(2), by=rng.uniform(-1, 2), **where()),
         AddHead(heads(2), vector(2, geometry.head_dim), by=rng.uniform(-1, 1), **where()),
         AddHead(heads(2), vector(geometry.head_dim), by=rng.uniform(-1, 1), phase="decode", rows=rows),

@@ -5,12 +5,13 @@ import oracle
 import pytest
 import torch
 from random_plans import random_plan
-from test_patching import check, forward
+from test_patching import check, forward, generate
 
 from emocircuits import (
     AddHead,
     AddNeurons,
     AddVector,
+    BoostRoute,
     Plan,
     ProjectOut,
     ReplaceHead,
@@ -95,6 +96,31 @@ ALONE = {
         AddVector([2], vector(32, seed=2), site="resid_pre"),
         ProjectOut([2], vector(1, 2, 32), site="resid_pre"),
     ],
+    "heads at positions": lambda: [
+        ScaleHead([(0, 1)], by=-1.0, positions=[0, -1]),
+        AddHead([(0, 1)], vector(8), positions=[-1, -2]),
+        ReplaceHead([(1, 2)], vector(8), positions=3),
+        ScaleHead([(0, 1)], by=2.0, to=["last", "generated"]),
+    ],
+    "neurons at positions": lambda: [
+        AddNeurons({1: [3, 4]}, 3.0, positions=range(2, 6)),
+        ScaleNeurons({1: [3]}, by=4.0, positions=[-1], to="last"),
+        ScaleNeurons({1: [4]}, by=0.5),
+    ],
+    "vectors at positions": lambda: [
+        AddVector([1], vector(32), positions=[1, -3]),
+        ReplaceVector([0], vector(32), site="attn_out", positions=[-2]),
+        ProjectOut([2], vector(32), positions=[-1, -2, -4], to=["query", "last"]),
+    ],
+    "routes at positions": lambda: [
+        BoostRoute([(0, 1), (1, 2)], source="visual", by=3.0, positions=[-1, -2]),
+        BoostRoute([(0, 1)], source=["visual", "query"], by=0.2, reading="logit-add", positions=[-2, -3]),
+        BoostRoute([(0, 1)], to=["query", "generated"], source="visual", by=1.5),
+        ScaleHead([(0, 1)], by=2.0),
+    ],
+    "more kinds of row than a kernel tells apart": lambda: [
+        BoostRoute([(1, 0), (2, 1)], source="visual", by=1.0 + i / 3, positions=[i + 1 - 11, -1]) for i in range(9)
+    ],
 }
 
 
@@ -129,6 +155,10 @@ def test_values_follow_their_neurons():
         (lambda: ReplaceNeurons({0: [1, 2]}), "non-empty"),
         (lambda: ReplaceNeurons({0: [1, 2]}, "many"), "numbers"),
         (lambda: AddVector([0], torch.ones(4), norm="long"), "free, keep"),
+        (lambda: ScaleHead([(0, 0)], positions=[]), "distinct token numbers"),
+        (lambda: ScaleHead([(0, 0)], positions=[1, 1]), "distinct token numbers"),
+        (lambda: ScaleHead([(0, 0)], positions="last"), "token numbers"),
+        (lambda: ScaleHead([(0, 0)], positions=[1], phase="decode"), "drop phase"),
         (lambda: AddVector([0], torch.ones(4), relative=1), "True or False"),
         (lambda: AddVector([0, 1], torch.tensor([[1.0], [0.0]]), relative=True), "no direction"),
         (lambda: ProjectOut([0], torch.zeros(4)), "no direction"),
@@ -200,3 +230,54 @@ def test_rows_that_are_not_edited_keep_their_bits(dtype):
             out.append(model(**inputs).logits)
     assert torch.equal(out[0][:, :-1], out[1][:, :-1])
     assert not torch.equal(out[0][:, -1], out[1][:, -1])
+
+
+def test_rows_with_different_positions(model):
+    """A position means the token of the unpadded prompt, whatever its column in the batch is."""
+    rows = [models.prompt(model, 3, 5), models.prompt(model, 1, 9, seed=1), models.prompt(model, 2, 2, seed=2)]
+    inputs = models.batch(rows)
+    plans = [
+        Plan([AddVector([1], vector(32), positions=[i, -1 - i]), BoostRoute([(0, 1)], by=3.0, positions=[-1 - i])])
+        for i in range(3)
+    ]
+    plan = Plan.per_row(plans)
+    check(model, inputs, plan)
+    with patch(model, plan):
+        _, together = generate(model, inputs)
+    for i, row in enumerate(rows):
+        with patch(model, plans[i]):
+            _, alone = generate(model, row)
+        torch.testing.assert_close(alone[0], together[i], rtol=1e-9, atol=1e-9)
+
+
+def test_positions_without_a_cache_and_of_a_chat(model):
+    inputs = batch(model)
+    plan = Plan([AddVector([1], vector(32), positions=[0, -2]), ScaleHead([(2, 0)], by=3.0, positions=[-1])])
+    with patch(model, plan):
+        tokens, logits = generate(model, inputs)
+        again, without = generate(model, inputs, use_cache=False)
+        assert torch.equal(tokens, again)
+        torch.testing.assert_close(logits, without, rtol=1e-9, atol=1e-9)
+    # A second prompt on the cache: positions count from the beginning, those that have been run do nothing again.
+    with patch(model, Plan()) as patched:
+        one = models.prompt(model, 3, 5)
+        n = one["input_ids"].shape[1]
+        for position, changed in ((n - 1, True), (-1, True), (0, False), (n - 3, False)):
+            edited = Plan([AddVector([2], vector(32), positions=[position])])
+            out = []
+            for each in (Plan(), edited):
+                first = model(input_ids=one["input_ids"][:, : n - 2], pixel_values=one["pixel_values"], use_cache=True)
+                patched.replace(each)
+                out.append(model(input_ids=one["input_ids"][:, n - 2 :], past_key_values=first.past_key_values).logits)
+                patched.replace(Plan())
+            assert torch.equal(out[0][:, 0], out[1][:, 0])
+            assert torch.equal(out[0][:, 1], out[1][:, 1]) != changed
+
+
+def test_a_prompt_without_the_position(model):
+    inputs = batch(model)
+    for plan in (Plan([ScaleHead([(0, 0)], positions=[21])]), Plan([ScaleHead([(0, 0)], positions=[-25])])):
+        with pytest.raises(ValueError, match=r"edit 0 \(ScaleHead\) names position .* batch row"), patch(model, plan):
+            model(**inputs)
+    with patch(model, Plan([ScaleHead([(0, 0)], positions=[24], rows=[1])])):
+        model(**inputs)

@@ -27,11 +27,15 @@ class Edit:
         to: roles of the rows that change (``"query"``, ``["query", "last"]``, ...); None means every row.
         phase: ``"prefill"`` keeps only prompt roles of ``to``, ``"decode"`` only ``generated``.
         rows: batch rows (None: all), so that one batch can hold different interventions.
+        positions: tokens of the prompt (None: all), counted from 0 without padding, or from -1 at its end backwards.
+            Rows change that have one of the roles AND one of the positions, in prefill only. On a kept cache they
+            count from the beginning of the conversation.
     """
 
     to: Sequence[str] | None = None
     phase: Phase = "both"
     rows: Sequence[int] | None = None
+    positions: Sequence[int] | None = None
 
     arrays: ClassVar[tuple[str, ...]] = ()
 
@@ -44,6 +48,10 @@ class Edit:
             if not rows or min(rows) < 0:
                 raise ValueError(f"rows={self.rows!r}: expected batch rows counted from 0 (or None for all of them)")
             object.__setattr__(self, "rows", rows)
+        if self.positions is not None:
+            object.__setattr__(self, "positions", _positions(self.positions))
+            if self.phase == "decode":
+                raise ValueError("positions are those of prompt tokens, which decode does not run; drop phase='decode'")
         if not self.destinations():
             raise ValueError(
                 f"to={list(self.to or ())} never occurs in phase={self.phase!r}: prompt rows exist in prefill only, "
@@ -82,6 +90,16 @@ class Edit:
         fields = {f.name: getattr(self, f.name) for f in dc.fields(self) if getattr(self, f.name) != f.default}
         plain = {k: v.tolist() if isinstance(v, FrozenArray) else v for k, v in fields.items()}
         return {"edit": type(self).__name__, **plain}
+
+
+def _positions(value: int | Iterable[int]) -> tuple[int, ...]:
+    try:
+        positions = tuple(int(v) for v in ([value] if isinstance(value, int) else value))
+    except (TypeError, ValueError):
+        raise TypeError(f"positions={value!r}: expected token numbers such as [0, 5, -1]") from None
+    if not positions or len(set(positions)) != len(positions):
+        raise ValueError(f"positions={value!r}: expected one or more distinct token numbers (or None for every token)")
+    return positions
 
 
 def role_names(name: str, value: str | Role | Iterable[str | Role] | None) -> tuple[str, ...] | None:

@@ -21,9 +21,11 @@ class RouteBuilder:
     def __init__(self, space: Space) -> None:
         self.space = space
         self.fields: dict[str, Tensor] = {}
+        self.selects = False
 
     def add(self, edit: BoostRoute, layer: int) -> None:
         """Take in the heads of ``layer``."""
+        self.selects |= edit.positions is not None
         field, value = {
             "weight": ("gain", edit.by),
             "logit-scale": ("scale", edit.by),
@@ -38,20 +40,29 @@ class RouteBuilder:
         at = (rows, dst, heads, torch.tensor([int(Role[name.upper()]) for name in edit.source], device=device))
         table[at] = table[at] * value if IDENTITY[field] == 1.0 else table[at] + value
 
-    def build(self) -> tuple[Routes | None, frozenset[str]]:
-        """The routes ``[B|1, H, R, R]`` and the phases in which they change anything."""
+    def build(self) -> tuple[Routes | None, dict[str, Routes], frozenset[str]]:
+        """Routes ``[B|1, H, R, R]`` by role, those of extra kinds if they differ, and the phases that are active."""
         if not self.fields:
-            return None, frozenset()
+            return None, {}, frozenset()
         active = frozenset().union(*(phases(table != IDENTITY[name]) for name, table in self.fields.items()))
-        return Routes(**{name: table.movedim(2, 1).contiguous() for name, table in self.fields.items()}), active
+        starts = range(R, self.space.kinds, R) if self.selects else ()
+        return self._routes(0), {str(start): self._routes(start) for start in starts}, active
+
+    def _routes(self, start: int) -> Routes:
+        part = {}
+        for name, table in self.fields.items():
+            rows = table[:, start : start + R].movedim(2, 1)
+            # The last part may have fewer kinds; no token has the others.
+            part[name] = torch.nn.functional.pad(rows, (0, 0, 0, R - rows.shape[2])).contiguous()
+        return Routes(**part)
 
 
 @dc.dataclass(frozen=True)
 class HeadTable:
-    """Head edits of one layer by destination role; any part may be None.
+    """Head edits of one layer by kind of destination; any part may be None.
 
-    ``scale [B|1, R, H]``; ``shift [B|1, R, H, D]``; ``value [B|1, R, H, D]`` with ``mask [B|1, R, H]``;
-    ``columns [B, P, H, D]`` with ``column_mask [B|1, R, H]``: values per prompt column.
+    ``scale [B|1, kinds, H]``; ``shift [B|1, kinds, H, D]``; ``value [B|1, kinds, H, D]`` with ``mask [B|1, kinds, H]``;
+    ``columns [B, P, H, D]`` with ``column_mask [B|1, kinds, H]``: values per prompt column.
     """
 
     scale: Tensor | None = None
@@ -63,20 +74,20 @@ class HeadTable:
     decode: HeadEdits = dc.field(init=False)
     """The edits of generated rows: views of the tables, ready before the first step."""
 
-    def edits(self, query_roles: Tensor, prefill: bool) -> HeadEdits:
+    def edits(self, kinds: Tensor, prefill: bool) -> HeadEdits:
         """The tables spread over the rows of one forward pass."""
         if not prefill:
             return self.decode
-        scale = None if self.scale is None else by_row(self.scale, query_roles)
-        shift = None if self.shift is None else by_row(self.shift, query_roles)
+        scale = None if self.scale is None else by_row(self.scale, kinds)
+        shift = None if self.shift is None else by_row(self.shift, kinds)
         replace = mask = None
         if self.value is not None and self.mask is not None:
-            replace, mask = by_row(self.value, query_roles), by_row(self.mask, query_roles)
+            replace, mask = by_row(self.value, kinds), by_row(self.mask, kinds)
         if self.columns is not None and self.column_mask is not None:
-            expected = (query_roles.shape[0], query_roles.shape[1])
-            chosen, columns = by_row(self.column_mask, query_roles), self.columns
+            expected = (kinds.shape[0], kinds.shape[1])
+            chosen, columns = by_row(self.column_mask, kinds), self.columns
             recorded = columns.shape[1]
-            if recorded < expected[1] and bool((query_roles[:, recorded:] == GENERATED).all()):
+            if recorded < expected[1] and bool((kinds[:, recorded:] == GENERATED).all()):
                 # Generation without a cache runs the prompt again with what was generated: that has no values.
                 columns = torch.nn.functional.pad(columns, (0, 0, 0, 0, 0, expected[1] - recorded))
                 chosen = chosen.expand(expected[0], -1, -1).clone()

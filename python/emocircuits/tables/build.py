@@ -7,6 +7,7 @@ import torch
 from emocircuits.edits import AddHead, BoostRoute, GateHeads, GateRoute, NeuronEdit, ReplaceHead, ScaleHead, VectorEdit
 from emocircuits.families import Geometry
 from emocircuits.plan import Plan
+from emocircuits.positions import Kind
 from emocircuits.tables.attention import HeadBuilder, RouteBuilder
 from emocircuits.tables.gates import Gate, HeadGate, RouteGate, check_gates
 from emocircuits.tables.layer import LayerTables
@@ -31,12 +32,18 @@ def check(plan: Plan, geometry: Geometry) -> None:
 
 
 def compile_plan(
-    plan: Plan, geometry: Geometry, batch: int, device: torch.device, dtype: torch.dtype
+    plan: Plan,
+    geometry: Geometry,
+    batch: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    extra: tuple[tuple[Kind, ...], ...] = (),
 ) -> dict[int, LayerTables]:
     """Compile ``plan`` for a batch of ``batch`` rows: tables by layer, only for layers that change.
 
     Tables have one row when no edit names batch rows, else ``batch`` rows. Route and factor tables are float32
-    (float64 for a float64 model); values and vectors have ``dtype``.
+    (float64 for a float64 model); values and vectors have ``dtype``. ``extra`` are the kinds of tokens that edits name
+    by position (:func:`emocircuits.positions.select`).
 
     Raises:
         ValueError: the plan names a batch row that the batch does not have.
@@ -44,7 +51,7 @@ def compile_plan(
     needed = plan.batch_rows()
     if needed is not None and needed > batch:
         raise ValueError(f"the plan names batch row {needed - 1}, but the batch has {batch} rows (0 to {batch - 1})")
-    space = Space(geometry, 1 if needed is None else batch, batch, device, dtype)
+    space = Space(geometry, 1 if needed is None else batch, batch, device, dtype, extra)
     layers: dict[int, _LayerBuilder] = {}
     for edit in plan:
         for layer in sorted(edit.layers_used()):
@@ -78,12 +85,13 @@ class _LayerBuilder:
             raise TypeError(f"{type(edit).__name__} has no table")
 
     def build(self) -> LayerTables:
-        routes, route_phases = self.routes.build()
+        routes, selected, route_phases = self.routes.build()
         heads, head_phases = self.heads.build()
         neurons, neuron_phases = self.neurons.build()
         vectors = {site: builder.build() for site, builder in self.vectors.items()}
         return LayerTables(
             routes=routes,
+            selected=selected,
             heads=heads,
             gates=self.gates,
             neurons=neurons,

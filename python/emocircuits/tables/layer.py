@@ -19,6 +19,8 @@ class LayerTables:
     """Tables of one layer; the ``phases`` say in which phase each part does anything."""
 
     routes: Routes | None = None
+    selected: dict[str, Routes] = dc.field(default_factory=dict)
+    """Routes of tokens that edits name by position, by their first kind; see `tables.reroute`."""
     heads: HeadTable | None = None
     gates: dict[str, Gate] = dc.field(default_factory=dict)
     neurons: NeuronTable | None = None

@@ -19,11 +19,11 @@ Parts = dict[str, Tensor]
 
 @dc.dataclass(frozen=True)
 class NeuronTable:
-    """Neuron edits of one layer: ``index [n]`` and tables ``[B|1, R, n]``; any of them may be None.
+    """Neuron edits of one layer: ``index [n]`` and tables ``[B|1, kinds, n]``; any of them may be None.
 
     ``step`` spreads what generated rows get over all neurons, ``[B|1, 1, neurons]`` each: one pass over the activations
     reads and writes what a copy would, and neurons that are not edited are multiplied by an exact 1. ``uniform`` says
-    that every role gets the same.
+    that every kind of token gets the same.
     """
 
     index: Tensor
@@ -53,7 +53,7 @@ class NeuronTable:
     def apply(self, activations: Tensor, context: Context) -> Tensor:
         """Edit ``activations [B, N, I]``; the input is left alone."""
         if context.prefill and not self.uniform:
-            return run_edit_neurons(activations, self.edits(context.rows))
+            return run_edit_neurons(activations, self.edits(context.kinds))
         step = self.step
         edited = activations
         if "scale" in step:

@@ -1,4 +1,7 @@
-"""How tables are indexed: by batch row (one for all, when no edit names batch rows) and by role of the token."""
+"""How tables are indexed: by batch row (one for all, when no edit names batch rows) and by kind of token.
+
+The kinds are the roles and, where edits name positions, those of :mod:`emocircuits.positions`.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,13 @@ from torch import Tensor
 
 from emocircuits.edits import Edit
 from emocircuits.families import Geometry
+from emocircuits.positions import Kind
 from emokernels import Role
 
 R = len(Role)
 GENERATED = int(Role.GENERATED)
+STEP = 8
+"""Extra kinds come in whole steps, so that tables of different prompts mostly have one form."""
 
 
 @dc.dataclass(frozen=True)
@@ -22,6 +28,7 @@ class Space:
     Attributes:
         rows: 1, or the batch when the plan names batch rows.
         dtype: of values and vectors; factors and routes are float32 (float64 for a float64 model).
+        extra: the kinds after the roles, for every row of the tables.
     """
 
     geometry: Geometry
@@ -29,6 +36,7 @@ class Space:
     batch: int
     device: torch.device
     dtype: torch.dtype
+    extra: tuple[tuple[Kind, ...], ...] = ()
 
     @property
     def exact(self) -> torch.dtype:
@@ -38,7 +46,8 @@ class Space:
     @property
     def kinds(self) -> int:
         """Kinds of token that tables tell apart."""
-        return R
+        most = max((len(kinds) for kinds in self.extra), default=0)
+        return R + -(-most // STEP) * STEP
 
     def full(self, shape: tuple[int, ...], value: float, dtype: torch.dtype | None = None) -> Tensor:
         """A table ``[rows, kinds, *shape]`` filled with ``value``."""
@@ -47,8 +56,14 @@ class Space:
     def selection(self, edit: Edit) -> tuple[Tensor, Tensor]:
         """Batch rows ``[n]`` and kinds ``[n]`` of the table rows that an edit changes."""
         rows = range(self.rows) if edit.rows is None else edit.rows
-        pairs = [(row, int(role)) for row in rows for role in edit.destinations()]
-        index = torch.tensor(pairs, device=self.device).T
+        pairs, wanted = [], edit.destinations()
+        for row in rows:
+            if edit.positions is None:
+                pairs += [(row, int(role)) for role in wanted]
+            for i, (role, positions) in enumerate(self.extra[row] if self.extra else ()):
+                if role in wanted and (edit.positions is None or edit.positions in positions):
+                    pairs.append((row, R + i))
+        index = torch.tensor(pairs, device=self.device, dtype=torch.int64).reshape(-1, 2).T
         return index[0], index[1]
 
 

@@ -17,10 +17,10 @@ Parts = dict[str, Tensor]
 class VectorTable:
     """Vector edits at one site; any table may be None. They act in the order of the fields.
 
-    ``basis [m, d]`` with ``along [B|1, R, m]``: 1 where the component along a (unit) row of ``basis`` is removed;
-    ``add`` and ``relative`` ``[B|1, R, d]``: added, and added in units of the row's length;
-    ``keep`` and ``keep_relative`` ``[B|1, R, d]`` where ``kept [B|1, R]``: the same, back to the row's length;
-    ``value [B|1, R, d]`` where ``mask [B|1, R]``: set.
+    ``basis [m, d]`` with ``along [B|1, kinds, m]``: 1 where the component along a (unit) row of ``basis`` is removed;
+    ``add`` and ``relative`` ``[B|1, kinds, d]``: added, and added in units of the row's length;
+    ``keep`` and ``keep_relative`` ``[B|1, kinds, d]`` where ``kept [B|1, kinds]``: the same, back to the row's length;
+    ``value [B|1, kinds, d]`` where ``mask [B|1, kinds]``: set.
     """
 
     basis: Tensor | None = None
@@ -121,6 +121,8 @@ class VectorBuilder:
             for cell in zip(rows.tolist(), kinds.tolist(), strict=True):
                 sets.setdefault(cell, []).append(i)
         distinct = sorted({tuple(edits) for edits in sets.values()})
+        if not distinct:  # positions without the roles
+            return
         bases = [orthonormal(torch.cat([self.removed[i][0] for i in edits])) for edits in distinct]
         starts = [0]
         for basis in bases:
