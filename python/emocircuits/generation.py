@@ -68,8 +68,17 @@ def refuse_paged(implementation: str | None) -> None:
         )
 
 
-def generate(model: Any, context: Context, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def generate(
+    model: Any,
+    context: Context,
+    fits: Callable[[int], None],
+    original: Callable[..., Any],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
     """``original(*args, **kwargs)``, a model's own generate, with its steps marked as generation in ``context``.
+
+    ``fits`` refuses a number of prompts.
 
     Raises:
         NotImplementedError: a way of generating that a plan cannot follow; the message names the argument.
@@ -83,6 +92,9 @@ def generate(model: Any, context: Context, original: Callable[..., Any], *args: 
     prompt = given.get("input_ids")
     if prompt is None:
         prompt = given.get("inputs")
+    first = prompt if prompt is not None else given.get("inputs_embeds")
+    if first is not None and given.get("past_key_values") is None:
+        fits(first.shape[0])
     context.announce(expand)
     output: Any = None
     try:

@@ -111,7 +111,7 @@ class Patched:
             self._changes.undo()
         finally:
             self.state.open = False
-            self.state.tables, self.state.readers = {}, {}
+            self.state.tables, self.state.readers, self.state.begins = {}, {}, ()
             self._filled, self._installed = None, set()
             self.context.reset()
 
@@ -123,7 +123,7 @@ class Patched:
         changes.set(backbone, "forward", forward)
         if hasattr(model, "generate"):
             original = getattr(model, "generate")  # noqa: B009
-            changes.set(model, "generate", functools.partial(generate, model, self.context, original))
+            changes.set(model, "generate", functools.partial(generate, model, self.context, self._fits, original))
         for name, refuse in refused_methods(model):
             changes.set(model, name, refuse)
         changes.callback(self._at_places.undo)
@@ -173,12 +173,14 @@ class Patched:
 
     def _stamp(self) -> None:
         """Compiled graphs read this: one that was made with hooks elsewhere must not serve."""
-        self.state.stamp = f"{id(self)} {sorted(self._installed)}"
+        self.state.stamp = f"{id(self)} {sorted(self._installed)} {sorted(self.state.readers)}"
 
     def _follow_modules(self) -> None:
         """Move to modules that were put in place of patched ones: adapters that were added inside the block."""
         path = self.handle.family.down_projection
-        edited = [layer for layer, kind in self._installed if kind == NEURONS]
+        edited = {layer for layer, kind in self._installed if kind == NEURONS}
+        if self.folding is not None:
+            edited |= self.folding.layers
         if all(self.handle.layers[i].get_submodule(path) is self.handle.down_projections[i] for i in edited):
             return
         if self.folding is not None:
@@ -202,13 +204,13 @@ class Patched:
             install_tap(layer, self.handle, self.state, changes)
 
     @contextlib.contextmanager
-    def reading(self, readers: Mapping[Place, Reader]) -> Iterator[None]:
+    def reading(self, readers: Mapping[Place, Reader], begin: Callable[[], None]) -> Iterator[None]:
         """Call ``readers`` with what their places hold as the plan leaves it, while the block lasts.
 
-        A reader of neurons or of a vector site gets a tensor, one of attention a :class:`Tapped`. What the model
-        computes does not change.
+        A reader of neurons or of a vector site gets a tensor, one of attention a :class:`Tapped`. ``begin`` is called
+        before all of them in every forward pass, when its roles are known. What the model computes does not change.
         """
-        changes, before = Changes(), self.state.readers
+        changes, before, handle = Changes(), (self.state.readers, self.state.begins), self.handle
         own = {place for place in readers if place[1] != ATTENTION} - self._installed
         try:
             for place in sorted(own):
@@ -216,11 +218,14 @@ class Patched:
             self._install_taps(readers, changes)
             self._installed |= own
             self.state.readers = self.state.with_readers(readers)
+            self.state.begins = (*self.state.begins, begin)
+            self._stamp()
             yield
         finally:
-            self.state.readers = before
+            self.state.readers, self.state.begins = before
             changes.undo()
-            self._installed -= own
+            if handle is self.handle:  # else they were installed anew, to stay
+                self._installed -= own
             # A plan that came in meanwhile may need places that were there to be read.
             self._install_places(self._unfolded(self.plan))
 
@@ -229,7 +234,8 @@ class Patched:
         """The backbone's forward."""
         refuse_attentions(self.handle.backbone, kwargs)
         given = {"input_ids": args[0], **kwargs} if args else kwargs
-        if torch.compiler.is_compiling() and self.state.stamp and self.context.may_step_compiled(given):
+        may_step = torch.compiler.is_compiling() and self.state.stamp and not self.state.begins
+        if may_step and self.context.may_step_compiled(given):
             self.context.step_compiled()
             return forward(*args, **kwargs)
         prompt = self._begin(given)
@@ -246,6 +252,8 @@ class Patched:
             self._require_visual()
             self._ready()
             self._fill(self.context.batch, self.context.expand)
+        for begin in self.state.begins:
+            begin()
         return prompt
 
     def _ready(self) -> None:
@@ -261,6 +269,13 @@ class Patched:
             raise ValueError(
                 f"the attention implementation was set to {implementation!r} inside patch(), which takes its edits "
                 "away; set it before"
+            )
+
+    def _fits(self, batch: int) -> None:
+        needed = self.plan.batch_rows()
+        if needed is not None and needed > batch:
+            raise ValueError(
+                f"the plan names batch row {needed - 1}, but the batch has {batch} rows (0 to {batch - 1})"
             )
 
     def _require_visual(self) -> None:

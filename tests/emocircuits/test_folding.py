@@ -138,7 +138,7 @@ def test_weights_that_cannot_be_scaled_are_refused():
     layers = model.model.layers
     plain = layers[0].mlp.down_proj
     layers[0].mlp.down_proj = Adapter(plain)
-    with pytest.raises(ValueError, match="layer 0 cannot be folded: its down projection is a Adapter"):
+    with pytest.raises(ValueError, match="layer 0 cannot be folded: its down projection is a .*Adapter"):
         patch(model, Plan(GAINS), fold=True)
     layers[0].mlp.down_proj = plain
     layers[1].mlp.down_proj = layers[2].mlp.down_proj
