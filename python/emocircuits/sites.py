@@ -20,13 +20,11 @@ from emocircuits.edits import ATTENTION, NEURONS, Site
 from emocircuits.families import Handle
 from emocircuits.plan import Plan
 from emocircuits.tables import LayerTables
-from emocircuits.tables.gates import Attention, gated
-from emocircuits.tables.reroute import reroute
+from emocircuits.tables.gates import Attention, RouteGate, gated
 from emocircuits.undo import Changes
 from emokernels import Routes
 from emokernels.attention import prepare_step
 from emokernels.attention import run as run_attention
-from emokernels.heads import apply_head_edits
 
 Place = tuple[int, str]
 Tap = Callable[["Tapped"], None]
@@ -52,7 +50,11 @@ class Tapped:
     roles: Tensor
     query_roles: Tensor
     softcap: float | None = None
+    first: int = 0
+    """Column of the first row."""
     dropped: int = 0
+    gated: bool = False
+    """The plan changes weights here that routes do not show."""
 
 
 @dc.dataclass
@@ -65,6 +67,8 @@ class State:
     open: bool = False
     stamp: str = ""
     readers: dict[Place, tuple[Reader, ...]] = dc.field(default_factory=dict)
+    begins: tuple[Callable[[], None], ...] = ()
+    """Called when a forward pass begins and its roles are known."""
 
     def show(self, place: Place, value: Any) -> None:
         """Give what ``place`` holds to those who read it."""
@@ -125,11 +129,11 @@ class AttentionSite:
         routes = heads = None
         if tables is not None and self.active():
             routes = tables.routes
-            heads = None if tables.heads is None else tables.heads.edits(context.kinds, context.prefill)
+            heads = None if tables.heads is None else tables.heads.edits(context.rows, context.prefill)
         roles = context.key_roles(key.shape[2])
         if tables is not None and tables.gates:
             call = Attention(query, key, value, mask, scaling, causal, softcap, roles)
-            heads = gated(tables.gates, heads, call, context.kinds, context.phases)
+            heads = gated(tables.gates, heads, call, context.rows, context.phases)
         if (
             tables is not None
             and routes is not None
@@ -142,18 +146,10 @@ class AttentionSite:
                 query, key, value, roles=roles, query_roles=context.rows, routes=routes, backend=self.state.backend
             )
             self.prepared = (tables, context.prompt, step)
-        selected = tables.selected if tables is not None and context.prefill else {}
-        z = run_attention(
+        return run_attention(
             query, key, value, backend=self.state.backend, mask=mask, roles=roles, query_roles=context.rows,
-            routes=routes, heads=None if selected else heads, causal=causal, scale=scaling, softcap=softcap,
-        )[0]  # fmt: skip
-        if selected:
-            z = reroute(
-                z, query, key, value, mask, context.kinds, selected, causal=causal, backend=self.state.backend,
-                roles=roles, scale=scaling, softcap=softcap,
-            )  # fmt: skip
-            z = z if heads is None else apply_head_edits(z, heads)
-        return z.transpose(1, 2)
+            routes=routes, heads=heads, causal=causal, scale=scaling, softcap=softcap,
+        )[0].transpose(1, 2)  # fmt: skip
 
     def may_step(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
         """Whether this call is a decode step that can run as it was prepared at an earlier one of the same prompt."""
@@ -186,14 +182,11 @@ def install_tap(layer: int, handle: Handle, state: State, changes: Changes) -> N
     ) -> None:
         context, tables = state.context.at(query.device), state.tables.get(layer)
         edited = tables is not None and not context.phases.isdisjoint(tables.attention_phases)
-        if edited and context.prefill and tables is not None and tables.selected:
-            raise NotImplementedError(
-                f"attention of layer {layer} cannot be read: the plan boosts routes to single positions there; "
-                "read it with a plan without them"
-            )
         call = Tapped(
             layer, query, key, value, mask, scaling, causal, tables.routes if tables is not None and edited else None,
-            context.key_roles(key.shape[2]), context.rows, softcap, max(0, context.seen - key.shape[2]),
+            context.key_roles(key.shape[2]), context.rows, softcap, context.first,
+            max(0, context.seen - key.shape[2]),
+            tables is not None and any(isinstance(gate, RouteGate) for gate in tables.gates),
         )  # fmt: skip
         state.show((layer, ATTENTION), call)
 
@@ -220,7 +213,7 @@ def _install_neurons(layer: int, kind: str, handle: Handle, state: State, change
 def _edit_vector(state: State, layer: int, site: Site, hidden: Tensor) -> Tensor:
     tables = state.tables.get(layer)
     if tables is not None and not state.context.phases.isdisjoint(tables.vector_phases.get(site, ())):
-        hidden = tables.vectors[site].apply(hidden, state.context.at(hidden.device).kinds)
+        hidden = tables.vectors[site].apply(hidden, state.context.rows)
     if state.readers:
         state.show((layer, site), hidden)
     return hidden

@@ -48,7 +48,7 @@ def test_capture_equals_hidden_states_and_head_outputs():
     written = layer.self_attn.o_proj(seen["z"][1].flatten(-2)) + seen["resid_pre"][1]
     mlp = layer.mlp.down_proj(seen["neurons"][1])
     assert torch.allclose(written + mlp, seen["resid_post"][1])
-    with pytest.raises(ValueError, match="unknown q"), capture(model, ["q"]):
+    with pytest.raises(ValueError, match="unknown qq"), capture(model, ["qq"]):
         pass
 
 

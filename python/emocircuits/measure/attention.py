@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from emocircuits.patching import Tapped, patch
+from emocircuits.measure.capture import capture
+from emocircuits.patching import patch
 from emocircuits.plan import Plan
-from emokernels.attention import run as run_attention
 
 
 @torch.no_grad()
@@ -17,7 +17,8 @@ def attention_weights(
     """Weights that the last ``rows`` rows of a prompt give to every key, by layer and head.
 
     With a plan these are the effective weights: after its logit edits and gains, as they multiply the values. A
-    post-softmax gain is not renormalised, so rows then need not sum to 1.
+    post-softmax gain is not renormalised, so rows then need not sum to 1. It is the ``pattern`` of
+    :func:`emocircuits.measure.capture`, which chooses rows more freely.
 
     Args:
         model: a supported model, not patched at the moment.
@@ -29,19 +30,6 @@ def attention_weights(
     Returns:
         ``[L, B, H, rows, K]`` float32.
     """
-    seen: list[Tensor] = []
-
-    def tap(call: Tapped) -> None:
-        # Values that are unit vectors make the head output the row of weights itself.
-        keys = call.k.shape[2]
-        unit = torch.eye(keys, device=call.k.device, dtype=call.k.dtype).expand(*call.k.shape[:2], keys, keys)
-        mask = None if call.mask is None else call.mask[..., -rows:, :]
-        weights, _ = run_attention(
-            call.q[:, :, -rows:], call.k, unit, mask=mask, causal=call.causal, scale=call.scale, routes=call.routes,
-            roles=call.roles, query_roles=call.query_roles[:, -rows:], backend="reference",
-        )  # fmt: skip
-        seen.append(weights.float())
-
-    with patch(model, plan or Plan(), roles=roles, tap=tap):
+    with patch(model, plan or Plan(), roles=roles), capture(model, "pattern", columns=range(-rows, 0)) as seen:
         model(**inputs, use_cache=False, logits_to_keep=1)
-    return torch.stack(seen)
+    return seen["pattern"].transpose(2, 3).float()
