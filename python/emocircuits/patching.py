@@ -29,6 +29,7 @@ from emocircuits.families import Handle, open_model
 from emocircuits.folding import Folding
 from emocircuits.generation import generate, refuse_attentions, refuse_paged, refused_methods
 from emocircuits.plan import Plan
+from emocircuits.positions import select
 from emocircuits.sites import ATTENTION, NEURONS, Place, Reader, State, Tap, Tapped, install, install_tap, places
 from emocircuits.tables import check, compile_plan
 from emocircuits.training import keep_for_backward, refuse_dropout
@@ -66,7 +67,7 @@ class Patched:
         self.context = Context(self.handle.placeholder_ids(), roles)
         self.state = State(self.context, resolved)
         self._tap = tap
-        self._filled: tuple[Plan, int | None, int] | None = None
+        self._filled: tuple[Any, ...] | None = None
         self._changes, self._at_places = Changes(), Changes()
         self._installed: set[Place] = set()
 
@@ -122,7 +123,7 @@ class Patched:
         changes.set(backbone, "forward", forward)
         if hasattr(model, "generate"):
             original = getattr(model, "generate")  # noqa: B009
-            changes.set(model, "generate", functools.partial(generate, model, self.context, original))
+            changes.set(model, "generate", functools.partial(generate, model, self.context, self._fits, original))
         for name, refuse in refused_methods(model):
             changes.set(model, name, refuse)
         changes.callback(self._at_places.undo)
@@ -177,7 +178,9 @@ class Patched:
     def _follow_modules(self) -> None:
         """Move to modules that were put in place of patched ones: adapters that were added inside the block."""
         path = self.handle.family.down_projection
-        edited = [layer for layer, kind in self._installed if kind == NEURONS]
+        edited = {layer for layer, kind in self._installed if kind == NEURONS}
+        if self.folding is not None:
+            edited |= self.folding.layers
         if all(self.handle.layers[i].get_submodule(path) is self.handle.down_projections[i] for i in edited):
             return
         if self.folding is not None:
@@ -268,6 +271,13 @@ class Patched:
                 "away; set it before"
             )
 
+    def _fits(self, batch: int) -> None:
+        needed = self.plan.batch_rows()
+        if needed is not None and needed > batch:
+            raise ValueError(
+                f"the plan names batch row {needed - 1}, but the batch has {batch} rows (0 to {batch - 1})"
+            )
+
     def _require_visual(self) -> None:
         if Role.VISUAL not in self.plan.roles_used():
             return
@@ -283,14 +293,18 @@ class Patched:
 
     def _fill(self, batch: int, expand: int = 1) -> None:
         """Compile the plan for a batch of this size, ``expand`` rows for each of the plan's, unless that was done."""
-        key = (self.plan, batch, expand) if self.plan.per_batch() else (self.plan, None, 1)
+        whole = self.plan.expanded(expand)
+        selection = select(whole, self.context.columns.roles[:, : self.context.seen]) if self.context.columns else None
+        self.context.select(None if selection is None else selection.kinds)
+        extra = () if selection is None else selection.extra
+        key = (self.plan, batch, expand, extra) if self.plan.per_batch() else (self.plan, None, 1, ())
         if self._filled is not None and self._filled == key:
             return
         plan = self.plan if self.folding is None else self.folding.put(self.plan)
         layers = self.handle.layers
         # Tables outlive this call; made in inference mode they could not serve a gradient later.
         with torch.inference_mode(False):
-            new = compile_plan(plan.expanded(expand), self.handle.geometry, batch, self._device, self._dtype)
+            new = compile_plan(plan.expanded(expand), self.handle.geometry, batch, self._device, self._dtype, extra)
             for layer, device in ((layer, device_of(layers[layer])) for layer in new):
                 if device != self._device:
                     new[layer] = moved(new[layer], device)

@@ -21,10 +21,12 @@ from emocircuits.families import Handle
 from emocircuits.plan import Plan
 from emocircuits.tables import LayerTables
 from emocircuits.tables.gates import Attention, RouteGate, gated
+from emocircuits.tables.reroute import reroute
 from emocircuits.undo import Changes
 from emokernels import Routes
 from emokernels.attention import prepare_step
 from emokernels.attention import run as run_attention
+from emokernels.heads import apply_head_edits
 
 Place = tuple[int, str]
 Tap = Callable[["Tapped"], None]
@@ -129,11 +131,11 @@ class AttentionSite:
         routes = heads = None
         if tables is not None and self.active():
             routes = tables.routes
-            heads = None if tables.heads is None else tables.heads.edits(context.rows, context.prefill)
+            heads = None if tables.heads is None else tables.heads.edits(context.kinds, context.prefill)
         roles = context.key_roles(key.shape[2])
         if tables is not None and tables.gates:
             call = Attention(query, key, value, mask, scaling, causal, softcap, roles)
-            heads = gated(tables.gates, heads, call, context.rows, context.phases)
+            heads = gated(tables.gates, heads, call, context.kinds, context.phases)
         if (
             tables is not None
             and routes is not None
@@ -146,10 +148,18 @@ class AttentionSite:
                 query, key, value, roles=roles, query_roles=context.rows, routes=routes, backend=self.state.backend
             )
             self.prepared = (tables, context.prompt, step)
-        return run_attention(
+        selected = tables.selected if tables is not None and context.prefill else {}
+        z = run_attention(
             query, key, value, backend=self.state.backend, mask=mask, roles=roles, query_roles=context.rows,
-            routes=routes, heads=heads, causal=causal, scale=scaling, softcap=softcap,
-        )[0].transpose(1, 2)  # fmt: skip
+            routes=routes, heads=None if selected else heads, causal=causal, scale=scaling, softcap=softcap,
+        )[0]  # fmt: skip
+        if selected:
+            z = reroute(
+                z, query, key, value, mask, context.kinds, selected, causal=causal, backend=self.state.backend,
+                roles=roles, scale=scaling, softcap=softcap,
+            )  # fmt: skip
+            z = z if heads is None else apply_head_edits(z, heads)
+        return z.transpose(1, 2)
 
     def may_step(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
         """Whether this call is a decode step that can run as it was prepared at an earlier one of the same prompt."""
@@ -182,6 +192,11 @@ def install_tap(layer: int, handle: Handle, state: State, changes: Changes) -> N
     ) -> None:
         context, tables = state.context.at(query.device), state.tables.get(layer)
         edited = tables is not None and not context.phases.isdisjoint(tables.attention_phases)
+        if edited and context.prefill and tables is not None and tables.selected:
+            raise NotImplementedError(
+                f"attention of layer {layer} cannot be read: the plan boosts routes to single positions there; "
+                "read it with a plan without them"
+            )
         call = Tapped(
             layer, query, key, value, mask, scaling, causal, tables.routes if tables is not None and edited else None,
             context.key_roles(key.shape[2]), context.rows, softcap, context.first,
@@ -213,7 +228,7 @@ def _install_neurons(layer: int, kind: str, handle: Handle, state: State, change
 def _edit_vector(state: State, layer: int, site: Site, hidden: Tensor) -> Tensor:
     tables = state.tables.get(layer)
     if tables is not None and not state.context.phases.isdisjoint(tables.vector_phases.get(site, ())):
-        hidden = tables.vectors[site].apply(hidden, state.context.rows)
+        hidden = tables.vectors[site].apply(hidden, state.context.at(hidden.device).kinds)
     if state.readers:
         state.show((layer, site), hidden)
     return hidden
