@@ -74,7 +74,14 @@ def unchanged(layer, x):
 
 @contextlib.contextmanager
 def published(
-    model, logits=unchanged, weights=unchanged, z=unchanged, neurons=unchanged, mlp=unchanged, post=unchanged
+    model,
+    logits=unchanged,
+    weights=unchanged,
+    z=unchanged,
+    neurons=unchanged,
+    mlp=unchanged,
+    pre=unchanged,
+    post=unchanged,
 ):
     """The model with formulas: of logits and weights ``[B, H, N, N]``, z ``[B, N, H, D]``, others ``[B, N, d]``."""
     text = model.model.language_model
@@ -94,6 +101,7 @@ def published(
                 layer.self_attn.o_proj.register_forward_pre_hook(lambda m, a, n=n: (split(n, a[0]),)),
                 layer.mlp.down_proj.register_forward_pre_hook(lambda m, a, n=n: (neurons(n, a[0]),)),
                 layer.mlp.register_forward_hook(output(mlp, n)),
+                layer.register_forward_pre_hook(lambda m, a, n=n: (pre(n, a[0]), *a[1:])),
                 layer.register_forward_hook(output(post, n)),
             ]
         yield

@@ -177,6 +177,24 @@ def test_spin(model, inputs, where, measure):
     check(model, inputs, plan, logits=logits, weights=weights, z=z)
 
 
+def test_actadd(model, inputs):
+    """As in hook_utils.py, for prompts that are padded on the left."""
+    difference = torch.randn(4, 32, generator=torch.Generator().manual_seed(5))
+    difference[0] = 0.0  # both prompts begin with the same token
+
+    def pre(layer, h):
+        h = h.clone()
+        for b, first in enumerate((inputs["attention_mask"] == 0).sum(1).tolist() if layer == 1 else ()):
+            h[b, first : first + 4] += 2.0 * difference.double()
+        return h
+
+    check(model, inputs, presets.actadd(model, 1, difference, 2.0), pre=pre)
+    shifted = presets.actadd(model, 1, difference[1:], 2.0, start=1)
+    assert shifted == presets.actadd(model, 1, difference, 2.0)
+    with pytest.raises(ValueError, match="one row per token"):
+        presets.actadd(model, 1, difference[1])
+
+
 @pytest.mark.parametrize("relative", [True, False])
 def test_vista(model, inputs, relative):
     """As in VSVLayer: normalise(normalise(x) + lambda * normalise(v)) * |x|, on what the MLP returns."""

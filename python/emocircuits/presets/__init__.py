@@ -6,12 +6,13 @@ from emocircuits.presets.heads import iti, spin, vseam
 from emocircuits.presets.neurons import hones
 from emocircuits.presets.registry import PRESETS, Preset
 from emocircuits.presets.routes import adhh, knockout, pai, temperature, vaf
-from emocircuits.presets.vectors import caa, vista
+from emocircuits.presets.vectors import actadd, caa, vista
 
 __all__ = [
     "PRESETS",
     "Contrast",
     "Preset",
+    "actadd",
     "adhh",
     "caa",
     "hones",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from emocircuits.edits import AddVector
@@ -46,6 +47,47 @@ def caa(
     geometry = opened(model).geometry
     to = [to] if isinstance(to, str) else to
     return Plan([AddVector(some_layers(geometry, layers, ()), vector, "resid_post", alpha, to=to, rows=rows)])
+
+
+@preset(
+    formula="h' = h + c·(h₊ - h₋) at the input of a layer, token by token, for the first tokens of the prompt",
+    paper="Turner et al. 2023, Activation Addition (ActAdd), arXiv 2308.10248",
+    needs="activations of two short prompts, token by token, padded to one length",
+)
+def actadd(
+    model: nn.Module,
+    layer: int,
+    difference: Any,
+    coefficient: float = 1.0,
+    *,
+    start: int = 0,
+    rows: Rows = None,
+) -> Plan:
+    """Activation addition: the difference of two prompts laid over the first tokens of another one.
+
+    Official code: github.com/montemac/activation_additions, hook_utils.py (``resid_pre[:, :n] += coeff * activations``
+    while a prompt is run, and nothing in steps that run one token).
+
+    Args:
+        model: only its sizes are read.
+        layer: the layer whose input changes.
+        difference: ``[n, d_model]``, the input of that layer in the positive prompt minus in the negative one.
+        coefficient: c.
+        start: token of the prompt, without padding, that the first row is added to.
+        rows: batch rows (None: all).
+    """
+    geometry = opened(model).geometry
+    vectors = np.asarray(difference, np.float64)
+    if vectors.ndim != 2:
+        raise ValueError(f"difference has shape {vectors.shape}: expected [n, d_model], one row per token")
+    chosen = some_layers(geometry, layer, ())
+    return Plan(
+        [
+            AddVector(chosen, vector, "resid_pre", coefficient, positions=[start + i], rows=rows)
+            for i, vector in enumerate(vectors)
+            if vector.any()
+        ]
+    )
 
 
 @preset(
