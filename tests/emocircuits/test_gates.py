@@ -11,6 +11,15 @@ from emocircuits import BoostRoute, GateHeads, GateRoute, Plan, ScaleHead, patch
 from emocircuits.tables.gates import Attention
 
 
+def chosen(edit, roles, column):
+    """Whether the role and the position of a token are those of the edit."""
+    if edit.positions is not None:
+        tokens = [c for c, role in enumerate(roles) if role not in ("pad", "generated")]
+        if column not in tokens or column not in [tokens[position] for position in edit.positions]:
+            return False
+    return edit.to is None or roles[column] in edit.to
+
+
 def gate(edit, layer, z, scores, visible, roles):
     """``z [B, N, H, D]`` of one layer; ``scores`` are matrices ``[B, H, N, N]``, ``roles`` names by row and column."""
     z = z.clone()
@@ -18,7 +27,7 @@ def gate(edit, layer, z, scores, visible, roles):
         if edit.rows is not None and row not in edit.rows:
             continue
         for i in range(z.shape[1]):
-            if edit.to is not None and roles[row][i] not in edit.to:
+            if not chosen(edit, roles[row], i):
                 continue
             keys = [j for j in range(z.shape[1]) if roles[row][j] in edit.source and visible[row, 0, i, j]]
             if not keys:
@@ -37,7 +46,7 @@ def reweigh(edit, layer, p, roles):
     for at, head in edit.heads:
         for row in range(p.shape[0]) if at == layer else ():
             for i in range(p.shape[2]):
-                if (edit.rows is not None and row not in edit.rows) or (edit.to and roles[row][i] not in edit.to):
+                if (edit.rows is not None and row not in edit.rows) or not chosen(edit, roles[row], i):
                     continue
                 keys = [j for j in range(p.shape[2]) if roles[row][j] in edit.source]
                 if p[row, head, i, keys].sum() >= edit.threshold:
@@ -88,6 +97,8 @@ EDITS = [
     GateRoute([(1, 0), (0, 2), (2, 1)], ["visual", "system"], by=2.5, threshold=0.6, to=["query", "generated"]),
     GateRoute([(1, 0), (0, 3)], ["query", "last", "generated"], by=0.0, threshold=0.3, to=["last", "generated"]),
     GateRoute([(2, 2)], "visual", by=0.4, threshold=0.0, rows=[0]),
+    GateRoute([(0, 0), (1, 3)], ["visual", "system"], by=3.0, threshold=0.2, positions=[-3, -1]),
+    GateHeads([0], keep=2, by=1.7, positions=[-4, 20], to="query"),
     GateHeads([1], keep=3, by=0.0, to=["last", "generated"], source=["system", "generated"], measure="weights"),
 ]
 
@@ -153,6 +164,18 @@ def test_one_graph_serves_every_step_and_refill():
     assert not torch.allclose(expected[0], expected[1])
     for one, two in zip(got, expected, strict=True):
         torch.testing.assert_close(one, two, rtol=0, atol=2e-5)
+
+
+def test_beams_follow_the_gates_of_their_prompt():
+    model = models.build("llava", dtype=torch.float64)
+    rows = [models.prompt(model, 3, 5), models.prompt(model, 1, 9, seed=1)]
+    plans = [Plan([EDITS[0], GateHeads([1], keep=1, by=0.2, to="generated")]), Plan([GateHeads([2], keep=2, by=-1.0)])]
+    options = dict(max_new_tokens=4, do_sample=False, num_beams=3, suppress_tokens=published.SUPPRESS)
+    with patch(model, Plan.per_row(plans)):
+        together = model.generate(**models.batch(rows), **options)[:, -4:]
+    for plan, row, tokens in zip(plans, rows, together, strict=True):
+        with patch(model, plan):
+            assert torch.equal(model.generate(**row, **options)[0, -4:], tokens)
 
 
 def test_a_factor_of_one_changes_no_bit():
