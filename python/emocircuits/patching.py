@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from emocircuits import attention as hf_attention
+from emocircuits.caches import edit_cache, edits_cache, require_cache
 from emocircuits.context import Context
 from emocircuits.devices import device_of, dtype_of, moved
 from emocircuits.families import Handle, open_model
@@ -239,9 +240,16 @@ class Patched:
             self.context.step_compiled()
             return forward(*args, **kwargs)
         prompt = self._begin(given)
+        caching = prompt and edits_cache(self.state.tables)
+        if caching:
+            require_cache(given, self.handle.text_config, self.state.tables)
         output = forward(*args, **kwargs)
         if prompt and given.get("past_key_values") is None:
             self.context.met(getattr(output, "past_key_values", None))
+        if caching:
+            cache = given.get("past_key_values")
+            cache = getattr(output, "past_key_values", None) if cache is None else cache
+            edit_cache(cache, self.state.tables, self.context)
         return output
 
     @torch.compiler.disable

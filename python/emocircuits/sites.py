@@ -258,6 +258,10 @@ def _on_output(edit: Callable[[Tensor], Tensor], module: nn.Module, args: tuple[
     return (edit(output[0]), *output[1:]) if isinstance(output, tuple) else edit(output)
 
 
+def _install_cache(layer: int, kind: str, handle: Handle, state: State, changes: Changes) -> None:
+    """Nothing: a cache is edited when the forward pass of a prompt has ended (:mod:`emocircuits.caches`)."""
+
+
 _INSTALL: dict[str, Callable[[int, str, Handle, State, Changes], None]] = {
     ATTENTION: _install_attention,
     NEURONS: _install_neurons,
@@ -265,4 +269,6 @@ _INSTALL: dict[str, Callable[[int, str, Handle, State, Changes], None]] = {
     "resid_post": _install_vector,
     "attn_out": _install_vector,
     "mlp_out": _install_vector,
+    "k": _install_cache,
+    "v": _install_cache,
 }

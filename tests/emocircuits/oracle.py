@@ -45,7 +45,11 @@ def _attention(module, query, key, value, attention_mask, scaling=None, softcap=
     for row in range(b):
         for head in range(h):
             q, k, v = query[row, head], key[row, head // group], value[row, head // group]
-            s = q @ k.T * scaling
+            # What was generated reads the keys and values of the prompt as edits leave them in the cache.
+            later = torch.tensor([role == "generated" for role in roles[row]])[:, None]
+            layer, at = module.layer_idx, (head // group, plan, roles, row)
+            edited_k, edited_v = (oracle_edits.cached(t, layer, site, *at) for t, site in ((k, "k"), (v, "v")))
+            s = torch.where(later, q @ edited_k.T, q @ k.T) * scaling
             if softcap is not None:
                 s = softcap * torch.tanh(s / softcap)
             gain = torch.ones_like(s)
@@ -84,7 +88,7 @@ def _attention(module, query, key, value, attention_mask, scaling=None, softcap=
             visible = mask if mask.dtype == torch.bool else mask > -1e30
             s = s.masked_fill(~visible, -math.inf)
             p = torch.nan_to_num(s.softmax(-1))
-            z[row, head] = (p * gain) @ v
+            z[row, head] = torch.where(later, (p * gain) @ edited_v, (p * gain) @ v)
     return z.transpose(1, 2), None
 
 

@@ -85,8 +85,24 @@ def vectors(hidden, layer, site, plan, roles):
     return hidden
 
 
-def vector(h, edits, layer):
-    """One vector ``[d]`` after edits that all act on it."""
+def cached(states, layer, site, head, plan, roles, row):
+    """Keys or values ``[N, D]`` of one head after edits of the cache."""
+    states = states.clone()
+    plan = [edit for edit in plan if getattr(edit, "site", None) == site and layer in edit.layers]
+    for i in range(states.shape[0]) if plan else ():
+        here = [edit for edit in plan if roles[row][i] != "generated" and applies(edit, roles, row, i)]
+        if here:
+            states[i] = vector(states[i], here, layer, head)
+    return states
+
+
+def vector(h, edits, layer, head=None):
+    """One vector ``[d]`` after edits that all act on it; of one head where vectors have heads."""
+
+    def array(value, like):
+        given = torch.tensor(value.tolist(), dtype=like.dtype)
+        return given if head is None else given[..., head, :]
+
     directions = []
     for edit in named(edits, "ProjectOut"):
         v = array(edit.vector, h)

@@ -24,7 +24,7 @@ READINGS = {"weight": (0.0, 2.5), "logit-add": (0.2, 3.0), "logit-scale": (0.4, 
 SITES = ("resid_pre", "resid_post", "attn_out", "mlp_out")
 
 
-def random_plan(geometry, seed=0, visual=True, rows=None, neurons=None):
+def random_plan(geometry, seed=0, visual=True, rows=None, neurons=None, cache=True):
     """Every kind of edit, reading and site, on random heads, neurons and layers of a model.
 
     Args:
@@ -32,13 +32,14 @@ def random_plan(geometry, seed=0, visual=True, rows=None, neurons=None):
         visual: whether the prompts have visual tokens.
         rows: as in every edit.
         neurons: whether neurons are edited; by default where the model has some.
+        cache: whether cached keys and values are edited, so that the model needs a cache.
     """
     return Plan(
-        _edits(geometry, random.Random(seed), visual, rows, geometry.neurons > 0 if neurons is None else neurons)
+        _edits(geometry, random.Random(seed), visual, rows, geometry.neurons > 0 if neurons is None else neurons, cache)
     )
 
 
-def _edits(geometry, rng, visual, rows, neurons):
+def _edits(geometry, rng, visual, rows, neurons, cache):
     generator = torch.Generator().manual_seed(rng.randrange(2**31))
     places = ["system", "visual", "query", "last", "generated"] if visual else ["query", "last", "generated"]
     sources = places if visual else ["query", "generated"]
@@ -52,6 +53,10 @@ def _edits(geometry, rng, visual, rows, neurons):
             positions = rng.sample([0, 1, -1, -2, -3], rng.randint(1, 3))
             return {"rows": rows, "positions": positions, "to": rng.choice([None, None, ["query"]])}
         return {"rows": rows, "to": rng.choice([None, *([r] for r in places), rng.sample(places, 2)])}
+
+    def prompt():
+        chosen = where()
+        return {**chosen, "to": None if chosen["to"] == ["generated"] else chosen["to"]}
 
     def heads(n):
         every = [(layer, head) for layer in range(geometry.layers) for head in range(geometry.heads)]
@@ -100,5 +105,15 @@ def _edits(geometry, rng, visual, rows, neurons):
                 [rng.choice(layers)], vector(geometry.d_model), site=site, to=rng.choice(places[-2:]), rows=rows
             ),
         ]
+    if cache:
+        heads_of = (geometry.kv_heads, geometry.head_dim)
+        for site in ("k", "v"):
+            two = rng.sample(layers, min(2, len(layers)))
+            edits += [
+                AddVector(two, vector(len(two), *heads_of, size=0.3), site=site, **prompt()),
+                AddVector([rng.choice(layers)], vector(*heads_of), site=site, by=0.5, norm="keep", **prompt()),
+                ProjectOut([rng.choice(layers)], vector(*heads_of), site=site, **prompt()),
+                ReplaceVector([rng.choice(layers)], vector(*heads_of), site=site, to="last", rows=rows),
+            ]
     rng.shuffle(edits)
     return edits

@@ -1,9 +1,12 @@
 """Every edit, alone and all together, against plain loops in float64: padded batches, prefill and decode."""
 
+import dataclasses as dc
+
 import models
 import oracle
 import pytest
 import torch
+import transformers
 from random_plans import random_plan
 from test_patching import check, forward, generate
 
@@ -156,6 +159,10 @@ def test_values_follow_their_neurons():
         (lambda: ReplaceNeurons({0: [1, 2]}, "many"), "numbers"),
         (lambda: AddVector([0], torch.ones(4), norm="long"), "free, keep"),
         (lambda: ScaleHead([(0, 0)], positions=[]), "distinct token numbers"),
+        (lambda: AddVector([0], torch.ones(2, 4), site="k", to="generated"), "cache"),
+        (lambda: AddVector([0], torch.ones(2, 4), site="v", phase="decode"), "cache"),
+        (lambda: AddVector([0], torch.ones(4), site="v"), r"\[kv_heads, head_dim\] or \[layers, kv_heads, head_dim\]"),
+        (lambda: ProjectOut([0, 1], torch.ones(3, 1, 2, 4), site="k"), r"\[layers, k, kv_heads, head_dim\]"),
         (lambda: ScaleHead([(0, 0)], positions=[1, 1]), "distinct token numbers"),
         (lambda: ScaleHead([(0, 0)], positions="last"), "token numbers"),
         (lambda: ScaleHead([(0, 0)], positions=[1], phase="decode"), "drop phase"),
@@ -180,6 +187,7 @@ def test_what_makes_no_sense_is_refused(make, message):
         (AddNeurons({0: [48]}, 1.0), "no neuron 48"),
         (ReplaceNeurons({3: [4]}, 1.0), "no layer 3"),
         (ProjectOut([0], torch.ones(2, 31)), "vector has length 31; this model needs 32"),
+        (AddVector([0], torch.ones(4, 8), site="k"), r"vector ends in \(4, 8\); .* need \(2, 8\)"),
     ],
 )
 def test_what_the_model_does_not_have_is_refused(model, edit, message):
@@ -281,3 +289,89 @@ def test_a_prompt_without_the_position(model):
             model(**inputs)
     with patch(model, Plan([ScaleHead([(0, 0)], positions=[24], rows=[1])])):
         model(**inputs)
+
+
+CACHED = {
+    "add to values": lambda: [AddVector([0, 2], vector(2, 2, 8), site="v", by=2.0, to=["visual", "last"])],
+    "add to keys at positions": lambda: [AddVector([1], vector(2, 8), site="k", by=3.0, positions=[0, -1, -3])],
+    "set, project out, keep the norm": lambda: [
+        ReplaceVector([1], vector(2, 8), site="v", to="query"),
+        ProjectOut([0, 1], vector(2, 2, 2, 8), site="v"),
+        AddVector([1, 2], vector(2, 8), site="k", norm="keep", relative=True, to=["visual", "query"]),
+        AddVector([2], vector(2, 8, seed=1), site="k", relative=True, by=0.5, rows=[1]),
+    ],
+}
+
+
+def check_cached(model, inputs, plan, **options):
+    """Every decode step equals the oracle, the prompt is as without the plan, and the plan changed something."""
+    plain = forward(model, inputs)
+    with patch(model, plan):
+        assert torch.equal(forward(model, inputs), plain)
+        tokens, steps = generate(model, inputs, **options)
+    full = oracle.logits(model, inputs, plan, tokens[:, :-1])[:, inputs["input_ids"].shape[1] - 1 :]
+    scale = full.abs().max()
+    assert (steps - full).abs().max() <= 1e-9 * scale
+    unedited = oracle.logits(model, inputs, Plan(), tokens[:, :-1])[:, inputs["input_ids"].shape[1] - 1 :]
+    assert (full - unedited)[:, 1:].abs().amax((1, 2)).min() > 1e-3 * scale
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("name", CACHED)
+def test_cached_keys_and_values(model, name, cache):
+    plan = Plan(CACHED[name]())
+    if any(edit.rows for edit in plan):
+        plan = Plan([dc.replace(edit, rows=edit.rows or (0, 1, 2)) for edit in plan])
+    assert Plan.from_json(plan.to_json()) == plan
+    options = {"cache_implementation": "static"} if cache == "static" else {}
+    check_cached(model, batch(model), plan, **options)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("window", [12, 64])
+def test_what_a_sliding_cache_has_kept(cache, window):
+    model = models.build("llava", "mistral", torch.float64, sliding_window=window)
+    options = {"cache_implementation": "static"} if cache == "static" else {}
+    plan = Plan([AddVector([0, 1, 2], vector(2, 8), site="v"), AddVector([1], vector(2, 8), site="k", to="query")])
+    check_cached(model, models.prompt(model, 3, 5), plan, **options)
+
+
+def test_a_second_prompt_edits_its_own_columns_once(model):
+    one = models.prompt(model, 3, 9)
+    n = one["input_ids"].shape[1]
+    first, second = one["input_ids"][:, : n - 4], one["input_ids"][:, n - 4 :]
+    add = vector(2, 8).double()
+    with patch(model, Plan()):
+        cache = model(input_ids=first, pixel_values=one["pixel_values"], use_cache=True).past_key_values
+        model(input_ids=second, past_key_values=cache)
+        plain = [(layer.keys, layer.values) for layer in cache.layers]
+    with patch(model, Plan([AddVector([2], add, site="v"), AddVector([2], add, site="k", to="visual")])):
+        cache = model(input_ids=first, pixel_values=one["pixel_values"], use_cache=True).past_key_values
+        model(input_ids=second, past_key_values=cache)
+        edited = [(layer.keys, layer.values) for layer in cache.layers]
+    image = (one["input_ids"] == models.IMAGE)[0]
+    shift = add.float().double()[None, :, None, :]
+    # The layer above reads edited values in the second prompt only; it is the last one, so nothing follows from that.
+    torch.testing.assert_close(edited[2][1], plain[2][1] + shift, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(edited[2][0], plain[2][0] + shift * image[None, None, :, None], rtol=1e-12, atol=1e-12)
+    assert torch.equal(edited[1][1], plain[1][1])
+
+
+def test_gradients_through_an_edited_cache(model):
+    inputs = models.prompt(model, 3, 5)
+    inputs["pixel_values"].requires_grad_()
+    with patch(model, Plan([AddVector([1], vector(2, 8), site="v"), ReplaceVector([2], vector(2, 8), site="k")])):
+        cache = model(**inputs, use_cache=True).past_key_values
+        out = model(input_ids=torch.tensor([[9]]), past_key_values=cache).logits
+    (gradient,) = torch.autograd.grad(out.sum(), inputs["pixel_values"])
+    assert gradient.abs().sum() > 0
+
+
+def test_edits_of_a_cache_need_one(model):
+    inputs = batch(model)
+    plan = Plan([AddVector([1], vector(2, 8), site="v")])
+    for use in (lambda: model(**inputs, use_cache=False), lambda: generate(model, inputs, use_cache=False)):
+        with pytest.raises(ValueError, match="use_cache=True"), patch(model, plan):
+            use()
+    with pytest.raises(NotImplementedError, match="offloaded"), patch(model, plan):
+        model(**inputs, past_key_values=transformers.DynamicCache(offloading=True))

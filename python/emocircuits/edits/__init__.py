@@ -11,10 +11,21 @@ from emocircuits.edits.base import ATTENTION, NEURONS, PHASES, ROLE_NAMES, Edit,
 from emocircuits.edits.gates import GateHeads, GateRoute
 from emocircuits.edits.heads import READINGS, AddHead, BoostRoute, HeadEdit, Reading, ReplaceHead, ScaleHead
 from emocircuits.edits.neurons import AddNeurons, NeuronEdit, ReplaceNeurons, ScaleNeurons
-from emocircuits.edits.vectors import NORMS, SITES, AddVector, Norm, ProjectOut, ReplaceVector, Site, VectorEdit
+from emocircuits.edits.vectors import (
+    CACHE_SITES,
+    NORMS,
+    SITES,
+    AddVector,
+    Norm,
+    ProjectOut,
+    ReplaceVector,
+    Site,
+    VectorEdit,
+)
 
 __all__ = [
     "ATTENTION",
+    "CACHE_SITES",
     "EDITS",
     "NEURONS",
     "NORMS",

@@ -1,4 +1,4 @@
-"""Edits of whole vectors of a token: the residual stream, and what attention and MLP write to it."""
+"""Edits of whole vectors of a token: the residual stream, what is written to it, and cached keys and values."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 
 from emocircuits.edits.arrays import FrozenArray, number
-from emocircuits.edits.base import Edit, check_length, layer_numbers
+from emocircuits.edits.base import Edit, check_length, layer_numbers, role_names
+from emokernels import Role
 
 if TYPE_CHECKING:
     from emocircuits.families import Geometry
 
-Site = Literal["resid_pre", "resid_post", "attn_out", "mlp_out"]
+Site = Literal["resid_pre", "resid_post", "attn_out", "mlp_out", "k", "v"]
 Norm = Literal["free", "keep"]
 
 SITES = ("resid_pre", "resid_post", "attn_out", "mlp_out")
+CACHE_SITES = ("k", "v")
 NORMS = ("free", "keep")
 
 
@@ -28,7 +30,10 @@ class VectorEdit(Edit):
     Args:
         layers: a layer or several.
         vector: ``[d_model]``, or ``[n_layers, d_model]`` in the order of ``layers``.
-        site: ``resid_pre`` (enters the block), ``resid_post`` (leaves it), ``attn_out`` or ``mlp_out``.
+        site: ``resid_pre`` (enters the block), ``resid_post`` (leaves it), ``attn_out`` or ``mlp_out``; or ``k`` or
+            ``v``: the keys or values that a prompt leaves in the cache, edited once when its forward pass has ended.
+            Keys are those after rotary embedding. There a vector is ``[kv_heads, head_dim]``, or ``[n_layers,
+            kv_heads, head_dim]``; lengths and directions are those of each head.
     """
 
     layers: Sequence[int] = ()
@@ -40,28 +45,43 @@ class VectorEdit(Edit):
     """Whether a vector may be several directions, ``[k, d_model]``."""
 
     def __post_init__(self) -> None:
+        if self.site not in SITES + CACHE_SITES:
+            raise ValueError(f"site={self.site!r}: expected one of {', '.join(SITES + CACHE_SITES)}")
+        if self.site in CACHE_SITES and (self.phase == "decode" or role_names("to", self.to) == ("generated",)):
+            raise ValueError(
+                f"site={self.site!r} edits what a prompt leaves in the cache, once: name roles of a prompt in to, "
+                "and drop phase='decode'"
+            )
         super().__post_init__()
         object.__setattr__(self, "layers", layer_numbers(self.layers))
-        if self.site not in SITES:
-            raise ValueError(f"site={self.site!r}: expected one of {', '.join(SITES)}")
         object.__setattr__(self, "vector", FrozenArray("vector", self.vector))
         self._check_shape()
 
     def _check_shape(self) -> None:
-        shape, axes = self.vector.shape, 2 if self.stacked else 1
-        per_layer = len(shape) == axes + 1
-        if not (per_layer or 1 <= len(shape) <= axes) or (per_layer and shape[0] != len(self.layers)):
-            forms = (
-                "[d_model], [k, d_model] or [layers, k, d_model]" if self.stacked else "[d_model] or [layers, d_model]"
-            )
-            raise ValueError(f"vector has shape {shape} for {len(self.layers)} layers: expected {forms}")
+        shape, axes = self.vector.shape, self._axes
+        most = axes + 1 + self.stacked
+        if not axes <= len(shape) <= most or (len(shape) == most and shape[0] != len(self.layers)):
+            one = "d_model" if axes == 1 else "kv_heads, head_dim"
+            forms = ["", "k, ", "layers, k, "] if self.stacked else ["", "layers, "]
+            expected = " or ".join(f"[{form}{one}]" for form in forms)
+            raise ValueError(f"vector has shape {shape} for {len(self.layers)} layers: expected {expected}")
+
+    @property
+    def _axes(self) -> int:
+        """Axes of one vector."""
+        return 2 if self.site in CACHE_SITES else 1
+
+    def destinations(self) -> tuple[Role, ...]:
+        """The roles whose rows this edit changes, after ``phase``; in a cache only those of a prompt."""
+        roles = super().destinations()
+        return tuple(r for r in roles if r != Role.GENERATED) if self.site in CACHE_SITES else roles
 
     def at(self, layer: int) -> np.ndarray:
-        """What is given for one layer: ``[d_model]``, or ``[k, d_model]`` where directions may be several."""
+        """What is given for one layer: one vector, or ``[k, ...]`` of them where directions may be several."""
         array = np.asarray(self.vector)
-        if array.ndim == (3 if self.stacked else 2):
+        if array.ndim == self._axes + 1 + self.stacked:
             array = array[self.layers.index(layer)]
-        return np.atleast_2d(array) if self.stacked else array
+        return array[None] if self.stacked and array.ndim == self._axes else array
 
     def layers_used(self) -> set[int]:
         """The layers named."""
@@ -72,9 +92,16 @@ class VectorEdit(Edit):
         return self.site
 
     def check(self, geometry: Geometry) -> None:
-        """ValueError when a layer is not there or the vector does not fit the residual stream."""
+        """ValueError when a layer is not there or the vector does not fit the site."""
         super().check(geometry)
-        check_length("vector", self.vector, geometry.d_model)
+        if self.site in CACHE_SITES:
+            needed = (geometry.kv_heads, geometry.head_dim)
+            if self.vector.shape[-2:] != needed:
+                raise ValueError(
+                    f"vector ends in {self.vector.shape[-2:]}; keys and values of this model need {needed}"
+                )
+        else:
+            check_length("vector", self.vector, geometry.d_model)
 
 
 @dc.dataclass(frozen=True)
@@ -84,7 +111,7 @@ class AddVector(VectorEdit):
     Args:
         layers: a layer or several.
         vector: ``[d_model]``, or ``[n_layers, d_model]`` in the order of ``layers``.
-        site: ``resid_pre`` (enters the block), ``resid_post`` (leaves it), ``attn_out`` or ``mlp_out``.
+        site: as in VectorEdit.
         by: factor on the vector (alpha).
         norm: ``"keep"`` scales the sum back to the length that the row h had: ``(h + v) * |h| / |h + v|`` (VISTA).
         relative: the vector gives a direction only, ``by`` is in units of the length of h: ``h + by * |h| * v / |v|``.
@@ -114,7 +141,7 @@ class ProjectOut(VectorEdit):
     Args:
         layers: a layer or several.
         vector: ``[d_model]`` or ``[k, d_model]`` for all layers, or ``[n_layers, k, d_model]`` in their order.
-        site: ``resid_pre`` (enters the block), ``resid_post`` (leaves it), ``attn_out`` or ``mlp_out``.
+        site: as in VectorEdit.
     """
 
     stacked: ClassVar[bool] = True
@@ -126,7 +153,7 @@ class ProjectOut(VectorEdit):
 
 @dc.dataclass(frozen=True)
 class ReplaceVector(VectorEdit):
-    """Set rows of the residual stream, or of an attention or MLP output, to a vector. Arguments as in VectorEdit."""
+    """Set what is at a site to a vector. Arguments as in VectorEdit."""
 
 
 def _require_direction(edit: VectorEdit) -> None:

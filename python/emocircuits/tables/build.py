@@ -80,7 +80,7 @@ class _LayerBuilder:
         elif isinstance(edit, NeuronEdit):
             self.neurons.add(edit, layer)
         elif isinstance(edit, VectorEdit):
-            self.vectors.setdefault(edit.site, VectorBuilder(self.space)).add(edit, layer)
+            self.vectors.setdefault(edit.site, VectorBuilder(self.space, edit.site)).add(edit, layer)
         else:
             raise TypeError(f"{type(edit).__name__} has no table")
 

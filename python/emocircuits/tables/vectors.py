@@ -7,7 +7,7 @@ import dataclasses as dc
 import torch
 from torch import Tensor
 
-from emocircuits.edits import AddVector, ProjectOut, VectorEdit
+from emocircuits.edits import CACHE_SITES, AddVector, ProjectOut, VectorEdit
 from emocircuits.tables.space import Space, by_row, phases
 
 Parts = dict[str, Tensor]
@@ -16,6 +16,9 @@ Parts = dict[str, Tensor]
 @dc.dataclass(frozen=True)
 class VectorTable:
     """Vector edits at one site; any table may be None. They act in the order of the fields.
+
+    At the sites of a cache every head has its own: ``d`` below is then ``kv_heads, head_dim``, ``m, d`` is
+    ``kv_heads, m, head_dim``.
 
     ``basis [m, d]`` with ``along [B|1, kinds, m]``: 1 where the component along a (unit) row of ``basis`` is removed;
     ``add`` and ``relative`` ``[B|1, kinds, d]``: added, and added in units of the row's length;
@@ -40,15 +43,18 @@ class VectorTable:
         object.__setattr__(self, "plain", all(table is None for table in precise))
 
     def apply(self, hidden: Tensor, kinds: Tensor) -> Tensor:
-        """Edit ``hidden [B, N, d]`` of rows of these ``kinds [B, N]``; the input is left alone."""
+        """Edit ``hidden [B, N, d_model]`` (cached ``[B, kv_heads, N, head_dim]``) of rows of these ``kinds [B, N]``.
+
+        The input is left alone.
+        """
         edited = hidden
         if not self.plain:
             edited = self._precise(hidden, kinds)
         elif self.add is not None:
-            edited = hidden + by_row(self.add, kinds).to(hidden.dtype)
+            edited = hidden + _spread(self.add, kinds, hidden).to(hidden.dtype)
         if self.value is not None and self.mask is not None:
-            chosen = by_row(self.mask, kinds)[..., None]
-            edited = torch.where(chosen, by_row(self.value, kinds).to(hidden.dtype), edited)
+            chosen = _spread(self.mask, kinds, hidden)[..., None]
+            edited = torch.where(chosen, _spread(self.value, kinds, hidden).to(hidden.dtype), edited)
         return edited
 
     def _precise(self, hidden: Tensor, kinds: Tensor) -> Tensor:
@@ -57,23 +63,32 @@ class VectorTable:
         rows = hidden.to(wide)
         if self.basis is not None and self.along is not None:
             basis = self.basis.to(wide)
-            rows = rows - ((rows @ basis.mT) * by_row(self.along, kinds).to(wide)) @ basis
+            rows = rows - ((rows @ basis.mT) * _spread(self.along, kinds, hidden).to(wide)) @ basis
         start = rows
         if self.add is not None:
-            rows = rows + by_row(self.add, kinds).to(wide)
+            rows = rows + _spread(self.add, kinds, hidden).to(wide)
         if self.relative is not None:
-            rows = rows + _length(start) * by_row(self.relative, kinds).to(wide)
+            rows = rows + _length(start) * _spread(self.relative, kinds, hidden).to(wide)
         if self.kept is not None:
             length, moved = _length(rows), rows
             if self.keep is not None:
-                moved = moved + by_row(self.keep, kinds).to(wide)
+                moved = moved + _spread(self.keep, kinds, hidden).to(wide)
             if self.keep_relative is not None:
-                moved = moved + length * by_row(self.keep_relative, kinds).to(wide)
+                moved = moved + length * _spread(self.keep_relative, kinds, hidden).to(wide)
             tiny = torch.finfo(wide).tiny
             rows = torch.where(
-                by_row(self.kept, kinds)[..., None], moved * (length / _length(moved).clamp_min(tiny)), rows
+                _spread(self.kept, kinds, hidden)[..., None], moved * (length / _length(moved).clamp_min(tiny)), rows
             )
         return rows.to(hidden.dtype)
+
+
+def _spread(table: Tensor, kinds: Tensor, hidden: Tensor) -> Tensor:
+    """The row of ``table`` for each token, so that it broadcasts against ``hidden``."""
+    rows = by_row(table, kinds)
+    if hidden.ndim == 3:
+        return rows
+    # Heads come before tokens in a cache.
+    return rows.transpose(1, 2) if rows.ndim == 4 else rows.unsqueeze(1)
 
 
 def _length(rows: Tensor) -> Tensor:
@@ -83,9 +98,10 @@ def _length(rows: Tensor) -> Tensor:
 class VectorBuilder:
     """Accumulates the vector edits of one layer at one site."""
 
-    def __init__(self, space: Space) -> None:
+    def __init__(self, space: Space, site: str) -> None:
         self.space = space
-        self.shape = (space.geometry.d_model,)
+        sizes = space.geometry
+        self.shape = (sizes.kv_heads, sizes.head_dim) if site in CACHE_SITES else (sizes.d_model,)
         self.parts: Parts = {}
         self.removed: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []
 
@@ -142,16 +158,16 @@ class VectorBuilder:
 
 
 def orthonormal(vectors: Tensor) -> Tensor:
-    """Orthonormal rows ``[k, d]`` that span the rows of ``vectors [k, d]``; zero for a row that adds nothing."""
+    """Orthonormal rows ``[..., k, d]`` that span ``vectors [k, ..., d]``; zero for a row that adds nothing."""
     basis: list[Tensor] = []
     for vector in vectors.unbind(0):
         rest = vector
         for _ in range(2):  # once more for what rounding leaves
             for other in basis:
-                rest = rest - (rest * other).sum() * other
+                rest = rest - (rest * other).sum(-1, keepdim=True) * other
         new = _length(rest) > 1e-6 * _length(vector)
         basis.append(torch.where(new, _unit(rest), 0.0))
-    return torch.stack(basis)
+    return torch.stack(basis, -2)
 
 
 def _unit(vector: Tensor) -> Tensor:
