@@ -136,7 +136,8 @@ def _mask(**kwargs: Any) -> Tensor | None:
     """
     padding, keys = kwargs.get("attention_mask"), kwargs["kv_length"]
     plain = kwargs["mask_function"] is causal_mask_function and kwargs.get("local_size") is None
-    if plain and kwargs["q_length"] == 1 and padding is not None and kwargs.get("allow_is_causal_skip", True):
+    step = kwargs["q_length"] == 1 and not torch.compiler.is_compiling()  # a graph cannot branch on the padding
+    if plain and step and padding is not None and kwargs.get("allow_is_causal_skip", True):
         offset = kwargs.get("q_offset", 0)
         dynamic = isinstance(offset, int) and offset == keys - 1 and kwargs.get("kv_offset", 0) == 0
         if dynamic and tuple(padding.shape) == (kwargs["batch_size"], keys) and padding.dtype == torch.bool:
