@@ -124,7 +124,7 @@ class Context:
     @property
     def kinds(self) -> Tensor:
         """Kinds ``[B, N]`` of the rows in progress: their roles, or what `select` says of tokens of the prompt."""
-        if self._selected is None or not self.prefill:
+        if not self.prefill or self._selected is None:  # in this order: compiled steps do not look at the prompt
             return self.rows
         if self._kinds is None:
             kinds, rows = self._selected[:, self.first : self.seen], self.rows

@@ -6,7 +6,20 @@ import torch
 from transformers import StaticCache
 
 import emokernels as emo
-from emocircuits import AddVector, BoostRoute, Plan, ReplaceHead, ScaleHead, ScaleNeurons, patch
+from emocircuits import (
+    AddHead,
+    AddNeurons,
+    AddVector,
+    BoostRoute,
+    Plan,
+    ProjectOut,
+    ReplaceHead,
+    ReplaceNeurons,
+    ReplaceVector,
+    ScaleHead,
+    ScaleNeurons,
+    patch,
+)
 
 LENGTH = 64
 
@@ -124,3 +137,52 @@ def test_a_prompt_through_a_compiled_model_breaks_the_graph_and_is_right():
         expected = model(**inputs).logits
         got = torch.compile(model, backend="eager")(**inputs).logits
     torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
+
+
+def every_edit(by, neurons, positions):
+    """A plan of every edit that acts in a decode step, or on what it reads."""
+
+    def vector(*shape):
+        return by * torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape)))
+
+    return Plan(
+        [
+            BoostRoute([(0, 1), (1, 2)], to=["query", "generated"], source="visual", by=by),
+            BoostRoute([(0, 1)], source="visual", by=2 * by, positions=positions),
+            ScaleHead([(2, 0)], by=by),
+            AddHead([(2, 0), (2, 2)], vector(2, 8), by=by),
+            ReplaceHead([(2, 1)], vector(8), to=["last", "generated"]),
+            ScaleNeurons({1: neurons}, by=by),
+            AddNeurons({1: neurons}, by, phase="decode"),
+            ReplaceNeurons({1: neurons[:1]}, by, to=["last", "generated"]),
+            AddVector([0], vector(32), site="mlp_out", by=by, relative=True),
+            AddVector([1], vector(32), by=by, norm="keep", rows=[1]),
+            AddVector([1], vector(32), by=by, positions=positions),
+            ProjectOut([2], vector(2, 32), site="resid_pre"),
+            ReplaceVector([2], vector(32), site="attn_out", phase="decode", rows=[0]),
+            AddVector([1], vector(2, 8), site="v", by=by),
+            AddVector([0], vector(2, 8), site="k", by=by, to="visual"),
+        ]
+    )
+
+
+def test_one_graph_serves_every_kind_of_edit():
+    """Another plan of the same form, on a prompt of another length, fills the same tables."""
+    model = models.build("llava")
+    plans = [every_edit(0.6, [3, 7], [0, -2]), every_edit(0.8, [5, 1], [1, -3])]
+    inputs = [prompts(model), prompts(model, more=3)]
+    expected = []
+    for each, given in zip(plans, inputs, strict=True):
+        with patch(model, each):
+            expected.append(generate(model, given, model))
+    assert (expected[0] - expected[1]).abs().max() > 0.1
+    with patch(model, plans[0]) as patched:
+        step = torch.compile(model, fullgraph=True, backend="aot_eager")
+        got = [generate(model, inputs[0], step)]
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            patched.replace(plans[1])
+            got.append(generate(model, inputs[1], step))
+            patched.replace(plans[0])
+            got.append(generate(model, inputs[0], step))
+    for one, two in zip(got, [*expected, expected[0]], strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=5e-5)
