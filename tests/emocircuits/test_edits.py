@@ -375,3 +375,20 @@ def test_edits_of_a_cache_need_one(model):
             use()
     with pytest.raises(NotImplementedError, match="offloaded"), patch(model, plan):
         model(**inputs, past_key_values=transformers.DynamicCache(offloading=True))
+
+
+def test_beams_of_rows_with_different_positions(model):
+    """Every beam of a row has the row's positions and cache edits."""
+    rows = [models.prompt(model, 3, 5), models.prompt(model, 1, 9, seed=1)]
+    plans = [
+        Plan([AddVector([1], vector(32), positions=[-1 - i, 2]), AddVector([0], vector(2, 8), site="v", positions=[i])])
+        for i in range(2)
+    ]
+    options = {"max_new_tokens": 4, "num_beams": 3, "num_return_sequences": 2, "do_sample": False}
+    with patch(model, Plan.per_row(plans)):
+        together = model.generate(**models.batch(rows), **options)[:, -4:]
+    for i, row in enumerate(rows):
+        with patch(model, plans[i]):
+            alone = model.generate(**row, **options)[:, -4:]
+        assert torch.equal(alone, together[2 * i : 2 * i + 2])
+        assert not torch.equal(alone, model.generate(**row, **options)[:, -4:])
