@@ -21,11 +21,13 @@ class Settings:
         tokens: generated tokens, at least 2: the first one is the prefill's.
         cache: ``"dynamic"`` or ``"static"``.
         compiled: decode steps run compiled (static cache only; on a GPU as CUDA graphs).
+        compiler: what compiles them; another one than Inductor is for tests.
     """
 
     tokens: int
     cache: str = "dynamic"
     compiled: bool = False
+    compiler: str = "inductor"
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments of ``generate``."""
@@ -35,7 +37,7 @@ class Settings:
         if self.cache == "static":
             found["cache_implementation"] = "static"
         if self.compiled:
-            config = CompileConfig()
+            config = CompileConfig() if self.compiler == "inductor" else CompileConfig(backend=self.compiler, mode=None)
             config._compile_all_devices = True
             found["compile_config"] = config
         return found

@@ -132,8 +132,14 @@ def _settings(contender: Contender, asked: Settings) -> Settings:
 
 @contextlib.contextmanager
 def _room_for_graphs() -> Iterator[None]:
-    """Every contender compiles the same code on a model object of its own; torch would give up after eight."""
-    with torch._dynamo.config.patch(recompile_limit=RECOMPILES, accumulated_recompile_limit=16 * RECOMPILES):
+    """Every contender compiles the same code on a model object of its own.
+
+    Torch would give up after eight graphs, and by itself does not look at hooks when it chooses one of them: a model
+    with hooks would run the graph of the model without.
+    """
+    with torch._dynamo.config.patch(
+        recompile_limit=RECOMPILES, accumulated_recompile_limit=16 * RECOMPILES, skip_nnmodule_hook_guards=False
+    ):
         yield
 
 

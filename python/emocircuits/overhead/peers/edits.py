@@ -42,7 +42,7 @@ def routes(plan: Plan, roles: Tensor, reading: Reading) -> dict[int, list[Block]
         prompt = [role for role in edit.destinations() if role != Role.GENERATED]
         rows = _columns(roles, prompt) if prompt else None
         for layer in sorted(edit.layers_used()):
-            heads = torch.tensor([head for at, head in edit.heads if at == layer], device=roles.device)
+            heads = torch.tensor(sorted(head for at, head in edit.heads if at == layer), device=roles.device)
             blocks = found.setdefault(layer, [])
             if rows is not None:
                 blocks.append(Block(heads, rows, keys, edit.by))

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface, flex_attention_mask
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from emocircuits.edits import BoostRoute
 from emocircuits.families import open_model
@@ -54,50 +54,61 @@ def flex(model: nn.Module, plan: Plan, roles: Tensor) -> Iterator[None]:
         yield
 
 
-def _boosted(q: Tensor, k: Tensor, v: Tensor, table: Tensor, to: Tensor, of: Tensor, **options: Any) -> Tensor:
-    def add(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return score + table[h, to[i], of[j]]
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, to: Tensor, of: Tensor, mask: Tensor | None, **options: Any
+) -> Tensor:
+    def modified(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        if table is not None:
+            score = score + table[h, to[i], of[j]]
+        return score if mask is None else torch.where(mask[b, 0, i, j], score, -math.inf)
 
-    found = flex_attention(q, k, v, score_mod=add, **options)
-    assert isinstance(found, Tensor)
-    return found
-
-
-def _plain(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-    found = flex_attention(q, k, v, **options)
+    found = flex_attention(q, k, v, score_mod=modified, **options)
     assert isinstance(found, Tensor)
     return found
 
 
 @functools.cache
-def _compiled(device: str) -> tuple[Any, Any]:
+def _compiled(device: str) -> Any:
     # One shape a graph on a CPU, where the kernel of dynamic decode steps does not compile (torch 2.13).
-    dynamic = False if device == "cpu" else None
-    return torch.compile(_boosted, dynamic=dynamic), torch.compile(_plain, dynamic=dynamic)
+    return torch.compile(_attend, dynamic=False if device == "cpu" else None)
+
+
+@functools.cache
+def _causal(rows: int, keys: int, device: torch.device) -> BlockMask:
+    def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return j <= i
+
+    return create_block_mask(visible, None, None, rows, keys, device=device)
 
 
 def _attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float | None = None, **options: Any
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None = None,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     refused = [n for n in ("softcap", "s_aux", "position_bias") if options.get(n) is not None]
     if refused:
         raise NotImplementedError(f"attention with {', '.join(refused)}")
     table, columns = module.__dict__[PLACE]
+    rows, keys = query.shape[2], key.shape[2]
     heads, share = query.shape[1], query.shape[1] // key.shape[1]
     grouped = share > 1
     if grouped and heads & (heads - 1):
         # As transformers does for numbers of heads that are no power of two.
         key, value, grouped = key.repeat_interleave(share, 1), value.repeat_interleave(share, 1), False
-    boosted, plain = (_boosted, _plain) if torch.compiler.is_compiling() else _compiled(query.device.type)
-    same = dict(block_mask=mask, scale=scaling, enable_gqa=grouped)
-    if table is None:
-        z = plain(query, key, value, **same)
-    else:
-        rows = query.shape[2]
-        to = columns[-1:] if rows == 1 else columns[:rows]
-        z = boosted(query, key, value, table, to, columns[: key.shape[2]], **same)
+    attend = _attend if torch.compiler.is_compiling() else _compiled(query.device.type)
+    to = columns[-1:] if rows == 1 else columns[:rows]
+    blocks = _causal(rows, keys, query.device) if mask is None and rows > 1 else None
+    z = attend(
+        query, key, value, table, to, columns[:keys], mask, block_mask=blocks, scale=scaling, enable_gqa=grouped
+    )  # fmt: skip
     return z.transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(NAME, _attention)
-AttentionMaskInterface.register(NAME, flex_attention_mask)
+# Not the mask of FlexAttention: `generate` cannot hand one on when the cache is static (transformers 5.23).
+AttentionMaskInterface.register(NAME, sdpa_mask)
