@@ -121,18 +121,30 @@ def installed(model, plan, roles):
 
         return hook
 
+    def leaving(layer):
+        def hook(module, args, kwargs):
+            if args:
+                return (vectors(args[0], layer, "resid_post"), *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": vectors(kwargs["hidden_states"], layer, "resid_post")}
+
+        return hook
+
     try:
         config._attn_implementation_internal = "oracle"
+        if names.between:
+            for n, after in enumerate([*layers[1:], text.norm]):
+                handles.append(after.register_forward_pre_hook(leaving(n), with_kwargs=True))
         for n, layer in enumerate(layers):
             part = functools.partial(oracle_layouts.at, layer)
             part(names.attention)._oracle = (plan, roles)
             handles += [
                 part(names.out).register_forward_pre_hook(lambda m, a, n=n: heads(m, a, n)),
                 layer.register_forward_pre_hook(lambda m, a, n=n: (vectors(a[0], n, "resid_pre"), *a[1:])),
-                layer.register_forward_hook(post("resid_post", n)),
                 part(names.attn_out).register_forward_hook(post("attn_out", n)),
                 part(names.mlp_out).register_forward_hook(post("mlp_out", n)),
             ]
+            if not names.between:
+                handles.append(layer.register_forward_hook(post("resid_post", n)))
             if names.down is not None:
                 handles.append(part(names.down).register_forward_pre_hook(lambda m, a, n=n: neurons(m, a, n)))
         yield
@@ -156,6 +168,13 @@ def logits(model, inputs, plan, tokens=None):
         # A generated token may equal the image id of a tiny vocabulary: embed it as text.
         inputs["input_ids"] = torch.cat([inputs["input_ids"], tokens], 1)
         inputs["attention_mask"] = mask = torch.cat([mask, torch.ones_like(tokens)], 1)
-    inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+        for name, kind in (
+            ("mm_token_type_ids", 0),
+            ("token_type_ids", 1 if model.config.model_type == "paligemma" else 0),
+        ):
+            if name in inputs:
+                inputs[name] = torch.cat([inputs[name], torch.full_like(tokens, kind)], 1)
+    if not hasattr(getattr(model, "model", None), "get_rope_index"):  # else the model finds them from its ids
+        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0) + (model.config.model_type == "paligemma")
     with installed(model, plan, roles):
         return model(**inputs, use_cache=False).logits

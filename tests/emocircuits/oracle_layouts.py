@@ -15,6 +15,8 @@ class Layout:
     down: str | None = "mlp.down_proj"
     attn_out: str = "self_attn"
     mlp_out: str = "mlp"
+    # The decoder adds features to the residual stream between layers: what leaves a layer is what the next one gets.
+    between: bool = False
 
 
 NORMS_BEFORE_ADDING = Layout(attn_out="post_attention_layernorm", mlp_out="post_feedforward_layernorm")
@@ -29,6 +31,8 @@ LAYOUTS = {
     "mixtral": EXPERTS,
     "qwen2_moe": EXPERTS,
     "qwen3_moe": EXPERTS,
+    "qwen3_vl_text": Layout(between=True),
+    "qwen3_vl_moe_text": dc.replace(EXPERTS, between=True),
 }
 # Where the text decoder is, the first that exists.
 DECODERS = ("model.language_model", "model.text_model", "transformer", "gpt_neox", "model")
