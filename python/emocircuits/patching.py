@@ -235,7 +235,7 @@ class Patched:
         """The backbone's forward."""
         refuse_attentions(self.handle.backbone, kwargs)
         given = {"input_ids": args[0], **kwargs} if args else kwargs
-        may_step = torch.compiler.is_compiling() and self.state.stamp and not self.state.begins
+        may_step = torch.compiler.is_compiling() and self.state.stamp and len(self.state.begins) == 0
         if may_step and self.context.may_step_compiled(given):
             self.context.step_compiled()
             return forward(*args, **kwargs)
@@ -252,7 +252,7 @@ class Patched:
             edit_cache(cache, self.state.tables, self.context)
         return output
 
-    @torch.compiler.disable
+    @torch.compiler.disable(reason="prompts, and steps inside capture(), run uncompiled")
     def _begin(self, kwargs: dict[str, Any]) -> bool:
         """Roles of a prompt are found, and tables filled, outside of compiled graphs."""
         prompt = self.context.begin(kwargs)

@@ -201,7 +201,7 @@ def install_tap(layer: int, handle: Handle, state: State, changes: Changes) -> N
             layer, query, key, value, mask, scaling, causal, tables.routes if tables is not None and edited else None,
             context.key_roles(key.shape[2]), context.rows, softcap, context.first,
             max(0, context.seen - key.shape[2]),
-            tables is not None and any(isinstance(gate, RouteGate) for gate in tables.gates),
+            tables is not None and any(isinstance(gate, RouteGate) for gate in tables.gates.values()),
         )  # fmt: skip
         state.show((layer, ATTENTION), call)
 

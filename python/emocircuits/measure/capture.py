@@ -58,6 +58,8 @@ class _Recorder:
         else:
             self._step += 1
         again = context.first == 0 and not prompt
+        if steps == "prompt" and not prompt and not moved:
+            return
         if (prompt and context.first == 0) or moved:
             self._reach = 0
         if context.first == 0 or moved or steps == "last":
@@ -66,11 +68,6 @@ class _Recorder:
         # Generation without a cache computes everything again at every step: a mean takes each token once.
         since = self._reach if again and self.reduce is not None else 0
         self._reach = context.seen
-        if steps == "prompt" and not prompt:
-            # What was there of the prompt is computed again.
-            if not again:
-                return
-            since = 0
         chosen = self.choice.choose(context, self._end, since, self._step)
         if chosen is None:
             return
@@ -89,7 +86,7 @@ class _Recorder:
             return
         if self.detach:
             # In inference mode, too, what is kept is an ordinary tensor.
-            with torch.no_grad(), torch.inference_mode(False):
+            with torch.inference_mode(False), torch.no_grad():
                 self.store.put(name, layer, self._out(chosen.take(view(raw))))
         else:
             self.store.put(name, layer, self._out(chosen.take(view(raw))))
@@ -179,7 +176,8 @@ class _Recorder:
         store = self.store
         store.settle()
         if self._read is None or self._read[0] != store.version or release:
-            tensors, index = store.tensors(release)
+            with torch.inference_mode(False) if self.detach else contextlib.nullcontext():
+                tensors, index = store.tensors(release)
             self._read = (store.version, (tensors, index, store.count if self.reduce is not None else None))
         return self._read[1]
 
