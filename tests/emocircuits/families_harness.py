@@ -32,7 +32,7 @@ from emocircuits import (
     ScaleNeurons,
     patch,
 )
-from emocircuits.families import open_model
+from emocircuits.families import Handle, open_model
 from emocircuits.fingerprint import fingerprint
 
 PAD, BOS, EOS, VOCAB = 0, 1, 2, 64
@@ -105,7 +105,7 @@ TEXT: dict[str, Builder] = {
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     ),
     "Phi-3": text("Phi3Config", "Phi3ForCausalLM"),
-    "GPT-2": text("GPT2Config", "GPT2LMHeadModel", n_inner=NEURONS, attn_pdrop=0.0, intermediate_size=...),
+    "GPT-2": text("GPT2Config", "GPT2LMHeadModel", n_inner=NEURONS, intermediate_size=..., num_key_value_heads=...),
     "GPT-NeoX": text("GPTNeoXConfig", "GPTNeoXForCausalLM", num_key_value_heads=...),
     "OLMo": text("OlmoConfig", "OlmoForCausalLM"),
     "OLMo2": text("Olmo2Config", "Olmo2ForCausalLM"),
@@ -119,14 +119,14 @@ BUILDERS: dict[str, Builder] = {**TEXT}
 
 
 # -- plans -----------------------------------------------------------------------------------------------------------
-def vector(size: int, seed: int) -> torch.Tensor:
+def vector(size: int | tuple[int, ...], seed: int) -> torch.Tensor:
     """A random direction."""
     return torch.randn(size, generator=torch.Generator().manual_seed(seed))
 
 
-def edits(sees: bool) -> dict[str, list[Any]]:
-    """Edits by the column of the table in docs/families.md; ``sees``: the prompt has visual tokens."""
-    source = "visual" if sees else "query"
+def edits(handle: Handle) -> dict[str, list[Any]]:
+    """Edits by the column of the table in docs/families.md."""
+    source = "visual" if handle.sees else "query"
 
     def at(site: str, seed: int) -> list[Any]:
         return [
@@ -134,6 +134,14 @@ def edits(sees: bool) -> dict[str, list[Any]]:
             AddVector([1], vector(WIDTH, seed + 1), site=site, norm="keep", phase="decode"),
             ProjectOut([1], vector(WIDTH, seed + 2), site=site, to=source),
             ReplaceVector([1], vector(WIDTH, seed + 3), site=site, to="last"),
+        ]
+
+    def cached(site: str, seed: int) -> list[Any]:
+        of_heads = (handle.geometry.kv_heads, DIM)
+        return [
+            AddVector([0, 2], vector(of_heads, seed), site=site, by=0.4, to=source),
+            AddVector([1], vector(of_heads, seed + 1), site=site, norm="keep"),
+            ReplaceVector([0], vector(of_heads, seed + 2), site=site, to="last"),
         ]
 
     return {
@@ -158,6 +166,7 @@ def edits(sees: bool) -> dict[str, list[Any]]:
             ReplaceNeurons({2: [9, 30]}, vector(2, 4), to=["last", "generated"]),
         ],
         **{site: at(site, 10 * n) for n, site in enumerate(("resid_pre", "resid_post", "attn_out", "mlp_out"), 1)},
+        **{f"cached {site}": cached(site, 10 * n) for n, site in enumerate("kv", 5)},
     }
 
 
@@ -277,7 +286,7 @@ def outcome(name: str, kind: str) -> str:
         AssertionError: the edits run and are wrong.
     """
     model, exact, make_inputs, tolerance = built(name)
-    plan = Plan(edits(open_model(model).sees)[kind])
+    plan = Plan(edits(open_model(model))[kind])
     inputs = make_inputs(2, "left")
     try:
         with patch(model, plan):

@@ -25,7 +25,7 @@ def fresh_compiler():
 
 @pytest.mark.parametrize("name", harness.TEXT)
 def test_every_path_exists_and_means_what_it_says(name):
-    model, _ = harness.BUILDERS[name](torch.float32)
+    model, make_inputs = harness.BUILDERS[name](torch.float32)
     handle = open_model(model)
     family = handle.family
     assert model.config.model_type in family.model_types, "recognised by structure, not by name"
@@ -48,6 +48,8 @@ def test_every_path_exists_and_means_what_it_says(name):
     geometry = handle.geometry
     assert geometry == dc.replace(geometry, layers=harness.LAYERS, heads=harness.HEADS, d_model=harness.WIDTH)
     assert handle.weight(handle.unembed).shape == (harness.VOCAB, harness.WIDTH)
+    cache = model(**make_inputs(1, "none"), use_cache=True).past_key_values
+    assert cache.layers[0].keys.shape[1::2] == (geometry.kv_heads, geometry.head_dim)
     for module in handle.output_projections:
         assert handle.weight(module).shape == (harness.WIDTH, harness.HEADS * harness.DIM)
     for part, heads in {"query": geometry.heads, "key": geometry.kv_heads, "value": geometry.kv_heads}.items():
