@@ -360,10 +360,10 @@ def test_generate_that_compiles_by_itself(model):
             assert torch.equal(model.generate(**inputs, **options, **compiled()), expected)
         assert not torch.equal(expected, plain)
         assert torch.equal(model.generate(**inputs, **options, **compiled()), plain)
-    expected = by_hooks(model, inputs, plans[0], do_sample=False)
+    expected = by_hooks(model, inputs, plans[1] + plans[0], do_sample=False)
     with patch(model, plans[1]) as patched:
         model.generate(**inputs, **options, **compiled())
-        patched.replace(plans[0])
+        patched.replace(plans[1] + plans[0])
         assert torch.equal(model.generate(**inputs, **options, **compiled()), expected)
 
 
