@@ -175,7 +175,7 @@ class Context:
             raise ValueError("the model was called with neither input_ids nor inputs_embeds; pass one of them by name")
         batch, length = given.shape[:2]
         cache = kwargs.get("past_key_values")
-        past = self._past(cache, length)
+        past = self._past(cache, length, given.device)
         # generate() announces its prompt; everything it runs after that is generated. Outside generate() one row on a
         # filled cache is a decode step, several are a continued prompt.
         prompt = self._expects_prompt if self._generating else past == 0 or length > 1
@@ -222,7 +222,7 @@ class Context:
         self.prefill = prompt
         self.phases = PHASES[prompt, answer]
 
-    def _past(self, cache: Any, length: int) -> int:
+    def _past(self, cache: Any, length: int, device: torch.device) -> int:
         """Columns already in the cache, whose roles then become the current ones.
 
         A static cache keeps its length on the device: where asking would wait for it, the steps are counted instead.
@@ -235,7 +235,8 @@ class Context:
         past = int(held)
         if past:
             self._take_up(cache, past)
-        self._cache, self._counted = cache, isinstance(held, Tensor) and held.device.type != "cpu"
+        self._cache = cache
+        self._counted = device.type != "cpu" and (isinstance(held, Tensor) or getattr(cache, "is_compileable", False))
         return past
 
     def met(self, cache: Any) -> None:
