@@ -205,6 +205,8 @@ def small(kind):
             "gpt2": "GPT2"}[kind]  # fmt: skip
     if kind == "gpt2":
         sizes = dict(vocab_size=64, n_embd=32, n_inner=48, n_layer=3, n_head=4, n_positions=128, initializer_range=0.3)
+    if kind == "gpt_neox":
+        del sizes["num_key_value_heads"]
     if kind == "gemma2":
         sizes |= {"sliding_window": 4, "query_pre_attn_scalar": 8}
     torch.manual_seed(0)
@@ -252,10 +254,14 @@ def test_other_layouts(kind):
         with capture(model, "resid_mid") as mid:
             model(ids)
         same(mid["resid_mid"], seen["resid_pre"] + seen["attn_out"])
-    fused = kind in ("phi3", "gpt_neox")
-    if fused:
-        with pytest.raises(NotImplementedError, match="in one projection"), capture(model, "blocks.0.attn.hook_q"):
-            pass
+    with capture(model, ["q_proj", "k_proj"]) as projected:
+        model(ids)
+    # The first token is not rotated; Qwen3 and OLMo 2 have norms in between.
+    if kind not in ("qwen3", "olmo2"):
+        for name in ("q", "k"):
+            assert projected[f"{name}_proj"].shape == seen[name].shape
+            same(projected[f"{name}_proj"][:, :, 0], seen[name][:, :, 0])
+            assert kind == "gpt2" or not torch.allclose(projected[f"{name}_proj"], seen[name])
     if kind in ("gpt2", "gpt_neox"):
         with pytest.raises(NotImplementedError, match="no gate"), capture(model, "up"):
             pass
@@ -673,16 +679,17 @@ def test_transformer_lens_names():
     assert seen.layers == {"z": (0, 2), "k": (0,)}
 
 
-def test_transformer_lens_itself():
+def test_transformer_lens_itself(tmp_path):
     lens = pytest.importorskip("transformer_lens.model_bridge", reason="transformer-lens is not installed")
     tokenizers = pytest.importorskip("tokenizers")
     ids = torch.randint(8, 64, (2, 7), generator=torch.Generator().manual_seed(0))
     for model in (models.build("text"), small("qwen3").float(), small("gemma2").float()):
         ours = copy.deepcopy(model)
         words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(64)}, unk_token="w0"))
-        tokenizer = transformers.PreTrainedTokenizerFast(
-            tokenizer_object=words, bos_token="w1", eos_token="w2", pad_token="w0", name_or_path="tiny"
-        )
+        # TransformerLens loads it again, to change its settings.
+        special = dict(bos_token="w1", eos_token="w2", pad_token="w0", unk_token="w0")
+        transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(tmp_path)
+        tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
         bridge = lens.TransformerBridge.boot_transformers("tiny", hf_model=model, tokenizer=tokenizer)
         _, cache = bridge.run_with_cache(ids)
         with capture(ours, list(LENS)) as seen, torch.no_grad():

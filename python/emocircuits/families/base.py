@@ -53,6 +53,10 @@ class Family:
     key: str | None = "self_attn.k_proj"
     value: str | None = "self_attn.v_proj"
     """The three projections where they are separate modules, else None."""
+    qkv: str | None = None
+    """One module that gives all three, where they are not separate."""
+    qkv_by_head: bool = False
+    """Whether its output goes head by head, ``[q, k, v]`` of each, instead of all queries, all keys, all values."""
     gate: str | None = "mlp.gate_proj"
     up: str | None = "mlp.up_proj"
     """Of a gated MLP, ``down(act(gate(x)) * up(x))``; None where they are one module or the MLP has no gate."""

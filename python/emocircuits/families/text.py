@@ -27,20 +27,20 @@ GEMMA = dc.replace(
 
 PHI3 = Family(
     name="phi3", model_types=("phi3",),
-    query=None, key=None, value=None, gate=None, up=None, gate_up="mlp.gate_up_proj",
+    query=None, key=None, value=None, qkv="self_attn.qkv_proj", gate=None, up=None, gate_up="mlp.gate_up_proj",
 )  # fmt: skip
 
 GPT2 = Family(
     name="gpt2", model_types=("gpt2",), backbone="transformer", text="transformer", layers="h", norm="ln_f",
     attention="attn", output_projection="attn.c_proj", attn_out="attn", query=None, key=None, value=None,
-    down_projection="mlp.c_proj", gate=None, up=None, activation="activation_function",
+    qkv="attn.c_attn", down_projection="mlp.c_proj", gate=None, up=None, activation="activation_function",
 )  # fmt: skip
 """Projections are Conv1D, with weights ``[in, out]``."""
 
 GPT_NEOX = Family(
     name="gpt_neox", model_types=("gpt_neox",), backbone="gpt_neox", text="gpt_neox", norm="final_layer_norm",
     attention="attention", output_projection="attention.dense", attn_out="attention", query=None, key=None, value=None,
-    down_projection="mlp.dense_4h_to_h", gate=None, up=None,
+    qkv="attention.query_key_value", qkv_by_head=True, down_projection="mlp.dense_4h_to_h", gate=None, up=None,
 )  # fmt: skip
 """Attention and MLP of a layer usually read the same residual stream (``use_parallel_residual``)."""
 

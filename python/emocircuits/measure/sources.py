@@ -127,14 +127,22 @@ class Sources:
         parts = handle.parts("query" if name == "q_proj" else "key")
         if parts is not None:
             self._after(parts[layer], lambda x: self.save(name, layer, x, _heads(heads)))
-        elif not any(path.endswith("rotary_emb") for path, _ in handle.text.named_modules()):
-            # Nothing happens between the projection and attention.
-            self._read(layer, ATTENTION, lambda call: self._seen(name, call, name[0]))
-        else:
+            return
+        joint = handle.parts("qkv")
+        if joint is None:
             raise NotImplementedError(
-                f"{name}: {type(handle.model).__name__} has queries, keys and values in one projection; "
+                f"{name}: the query and key projections of {type(handle.model).__name__} are not known; "
                 f"capture {name[0]}, as attention sees it"
             )
+        at, dim = ("q_proj", "k_proj").index(name), geometry.head_dim
+        sizes = [geometry.heads * dim, geometry.kv_heads * dim, geometry.kv_heads * dim]
+
+        def view(x: Tensor) -> Tensor:
+            if handle.family.qkv_by_head:
+                return x.unflatten(-1, (geometry.heads, 3, dim))[..., at, :]
+            return x.split(sizes, -1)[at].unflatten(-1, (heads, dim))
+
+        self._after(joint[layer], lambda x: self.save(name, layer, x, view))
 
     # -- attention -----------------------------------------------------------------------------------------------
     def _attention(self, names: Sequence[str], call: Tapped) -> None:
