@@ -215,7 +215,14 @@ def vision(
         tower = {k: v for k, v in see.items() if k != "class"}
         vision_config: Any = getattr(transformers, see["class"])(**tower) if "class" in see else tower
         config = getattr(transformers, f"{name}Config")(text_config=text_config, vision_config=vision_config, **over)
-        model = harness.finish(getattr(transformers, f"{name}ForConditionalGeneration")(config), dtype)
+        model = getattr(transformers, f"{name}ForConditionalGeneration")(config)
+        decoder = model.get_decoder()
+        if getattr(decoder, "_can_set_experts_implementation", lambda: False)():
+            decoder.set_experts_implementation("batched_mm")  # grouped_mm has no float64
+        for parameter in model.parameters():
+            if parameter.ndim > 1 and not parameter.any():  # Gemma 3's projection of image features, for one
+                parameter.data.normal_(std=0.3)
+        model = harness.finish(model, dtype)
         return model, prompts(model, look, second)
 
     return build
