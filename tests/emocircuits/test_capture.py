@@ -418,6 +418,31 @@ def test_a_chat_goes_on_in_the_same_capture():
         model(input_ids=more, attention_mask=whole["attention_mask"], past_key_values=cache)
     for name in ("z", "k"):
         same(seen[name], expected[name])
+    # A cache that is cut takes its tokens along.
+    n = inputs["input_ids"].shape[1]
+    for options in ({}, {"positions": slice(None)}):
+        with capture(model, "z", **options) as seen, torch.no_grad():
+            cache = model(**inputs, use_cache=True).past_key_values
+            for tokens in (torch.tensor([[20, 21, 22, 23]]), more):
+                mask = torch.ones(1, n + tokens.shape[1], dtype=torch.long)
+                model(input_ids=tokens, attention_mask=mask, past_key_values=cache)
+                cache.crop(-tokens.shape[1])
+        same(seen["z"].reshape(expected["z"].shape), expected["z"])
+        assert seen.index.column.flatten().tolist() == list(range(n + 3))
+
+
+def test_returned_sequences():
+    model = models.build("llava", dtype=torch.float64)
+    inputs = two_rows(model)
+    with capture(model, ["z", "pattern"], roles="generated") as seen:
+        torch.manual_seed(0)
+        out = model.generate(**inputs, do_sample=True, num_return_sequences=2, max_new_tokens=4, suppress_tokens=[5, 0])
+    repeated = {name: value.repeat_interleave(2, 0) for name, value in inputs.items()}
+    n = inputs["input_ids"].shape[1]
+    expected, _ = theirs(model, repeated, out[:, n:-1])
+    assert seen.index.row.tolist() == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
+    for name in ("z", "pattern"):
+        same(seen[name], expected[name][:, :, n:].flatten(1, 2))
 
 
 # -- under a plan ----------------------------------------------------------------------------------------------------

@@ -64,6 +64,8 @@ class _Recorder:
             self._reach = 0
         if context.first == 0 or moved or steps == "last":
             store.restart()
+        elif context.first < self._reach:
+            store.rewind(context.first)
         self._sequence = context.columns
         # Generation without a cache computes everything again at every step: a mean takes each token once.
         since = self._reach if again and self.reduce is not None else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Literal
 
@@ -40,6 +41,7 @@ class Store:
         self._rows = torch.zeros(0)
         self._pieces: dict[Key, list[Tensor]] = {}
         self._index: list[Index] = []
+        self._limits: list[int] = []
         self._want: Tensor | None = None
         self._pending: dict[Key, Tensor] = {}
         self._pending_rows: Tensor | None = None
@@ -51,8 +53,12 @@ class Store:
         """A new sequence takes the place of the last one; means go on."""
         self.settle()
         if self.reduce is None:
-            self._pieces, self._sums, self._index, self._want, self.held = {}, {}, [], None, 0
+            self._pieces, self._sums, self._index, self._limits, self._want, self.held = {}, {}, [], [], None, 0
             self._rows = torch.zeros(0)
+
+    def rewind(self, column: int) -> None:
+        """The sequence goes on from an earlier column: what was captured from there on is not part of it any more."""
+        self._limits = [min(limit, column) for limit in self._limits]
 
     def begin(self, chosen: Chosen | None) -> None:
         """A pass begins, of which these tokens are wanted."""
@@ -93,6 +99,7 @@ class Store:
             self._rows = self._rows + rows if self._rows.shape == rows.shape else rows
         if self.reduce is None:
             self._index.append(chosen.index)
+            self._limits.append(sys.maxsize)
             self._want = chosen.want if chosen.want is not None else self._want
         else:
             roles = chosen.index.role.flatten()
@@ -140,15 +147,22 @@ class Store:
             return None, lambda pieces: torch.cat(pieces)
         if not self.choice.flat and not self.choice.by_position:
             index = Index.cat(self._index, 1)
+            kept = self._kept(1)[0].nonzero().flatten()
+            index = index.map(lambda x: x[:, kept])
             if self.choice.slots > index.row.shape[1] and self.choice.steps == "all":
                 raise ValueError(f"columns={self.choice.asked}: the sequence has fewer columns")
-            return index, lambda pieces: torch.cat(pieces, 1)
+            return index, lambda pieces: _pick(torch.cat(pieces, 1), 1, kept)
         flat = Index.cat(self._index, 0)
         # Tokens of one batch row stand together, in their order.
         order = (flat.row * (int(flat.column.max()) + 1) + flat.column).argsort(stable=True)
+        order = order[self._kept(0)[order]]
         if self._want is not None:
             order = self._listed(flat, self._want)
         return flat.map(lambda x: x[order]), lambda pieces: torch.cat(pieces)[order.to(pieces[0].device)]
+
+    def _kept(self, dim: int) -> Tensor:
+        """Which of the tokens are part of the sequence still."""
+        return torch.cat([x.column < limit for x, limit in zip(self._index, self._limits, strict=True)], dim)
 
     def _listed(self, flat: Index, want: Tensor) -> Tensor:
         """``[B, P]``: where the tokens are that were asked for one by one."""
@@ -161,6 +175,10 @@ class Store:
                         "use a slice for rows of different lengths"
                     )
         return torch.tensor([[at[b, p] for p in positions] for b, positions in enumerate(want.tolist())])
+
+
+def _pick(value: Tensor, dim: int, kept: Tensor) -> Tensor:
+    return value if len(kept) == value.shape[dim] else value.index_select(dim, kept.to(value.device))
 
 
 def _same_keys(name: str, pieces: list[Tensor]) -> list[Tensor]:
