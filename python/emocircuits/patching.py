@@ -55,7 +55,14 @@ class Patched:
     """
 
     def __init__(
-        self, model: nn.Module, plan: Plan, backend: str, roles: Tensor | None, tap: Tap | None, fold: bool = False
+        self,
+        model: nn.Module,
+        plan: Plan,
+        backend: str,
+        roles: Tensor | None,
+        tap: Tap | None,
+        fold: bool = False,
+        fuse_mlp: bool | None = None,
     ) -> None:
         self.handle: Handle = open_model(model)
         self.folding = Folding(self.handle) if fold else None
@@ -66,7 +73,7 @@ class Patched:
         self._device, self._dtype = device_of(self.handle.text), dtype_of(self.handle.text)
         resolved = resolve(backend, torch.empty(0, device=self._device, dtype=self._dtype))
         self.context = Context(self.handle.placeholder_ids(), roles)
-        self.state = State(self.context, resolved)
+        self.state = State(self.context, resolved, fuse_mlp=fuse_mlp)
         self._tap = tap
         self._filled: tuple[Any, ...] | None = None
         self._changes, self._at_places = Changes(), Changes()
@@ -349,6 +356,7 @@ def patch(
     roles: Tensor | None = None,
     tap: Tap | None = None,
     fold: bool = False,
+    fuse_mlp: bool | None = None,
 ) -> Patched:
     """Put ``plan`` into ``model`` for the length of a ``with`` block.
 
@@ -368,6 +376,7 @@ def patch(
         tap: called with a :class:`Tapped` at every attention call.
         fold: put the factors of ScaleNeurons edits into the weights of the down projections, instead of multiplying
             activations: no cost at run time, other rounding (:mod:`emocircuits.folding`).
+        fuse_mlp: compute gated MLPs with neuron edits in one pass (:mod:`emocircuits.gated`); None: on a GPU.
 
     Raises:
         TypeError: ``model`` or ``plan`` is not one.
@@ -383,7 +392,7 @@ def patch(
         raise TypeError(
             f"plan is {type(plan).__name__}: expected a Plan, such as Plan([BoostRoute(...)]) or Plan.load(path)"
         )
-    return Patched(model, plan, backend, roles, tap, fold)
+    return Patched(model, plan, backend, roles, tap, fold, fuse_mlp)
 
 
 def _configs(model: nn.Module) -> list[Any]:

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from emocircuits import attention as hf_attention
 from emocircuits.context import Context
+from emocircuits.devices import device_of
 from emocircuits.edits import ATTENTION, NEURONS, Site
 from emocircuits.families import Handle
+from emocircuits.gated import GatedMLP, is_gated
 from emocircuits.plan import Plan
 from emocircuits.tables import LayerTables
 from emocircuits.tables.gates import Attention, RouteGate, gated
@@ -69,6 +71,7 @@ class State:
     open: bool = False
     stamp: str = ""
     readers: dict[Place, tuple[Reader, ...]] = dc.field(default_factory=dict)
+    fuse_mlp: bool | None = None
     begins: tuple[Callable[[], None], ...] = ()
     """Called when a forward pass begins and its roles are known."""
 
@@ -221,7 +224,12 @@ def _edit_neurons(state: State, layer: int, forward: Callable[..., Tensor], acti
 def _install_neurons(layer: int, kind: str, handle: Handle, state: State, changes: Changes) -> None:
     # Its own forward, wrapped: a hook would send every call of the module down torch's slow path.
     module = handle.down_projections[layer]
-    changes.set(module, "forward", functools.partial(_edit_neurons, state, layer, module.forward))
+    down = module.forward
+    changes.set(module, "forward", functools.partial(_edit_neurons, state, layer, down))
+    fuse = state.fuse_mlp if state.fuse_mlp is not None else device_of(module).type == "cuda"
+    if fuse and is_gated(handle):
+        mlp = handle.mlps[layer]
+        changes.set(mlp, "forward", GatedMLP(state, layer, handle, mlp.forward, down))
 
 
 # -- vectors ---------------------------------------------------------------------------------------------------------

@@ -33,6 +33,8 @@ class NeuronTable:
     mask: Tensor | None
     step: Parts
     uniform: bool
+    decode: NeuronEdits = dc.field(init=False)
+    """The edits of generated rows: views of the tables, ready before the first step."""
 
     @classmethod
     def of(cls, index: Tensor, parts: Parts, neurons: int) -> NeuronTable:
@@ -45,15 +47,25 @@ class NeuronTable:
         whole = {name: parts.get(name) for name in IDENTITY}
         return cls(index, **whole, step=step, uniform=uniform)
 
-    def edits(self, kinds: Tensor) -> NeuronEdits:
-        """The tables spread over the rows of one forward pass."""
-        spread = {"scale": self.scale, "shift": self.shift, "replace": self.value, "mask": self.mask}
-        return NeuronEdits(self.index, **{k: by_row(t, kinds) for k, t in spread.items() if t is not None})
+    def __post_init__(self) -> None:
+        step = slice(GENERATED, GENERATED + 1)
+        parts = {name: table[:, step] for name, table in self._parts().items()}
+        object.__setattr__(self, "decode", NeuronEdits(self.index, **parts))
+
+    def _parts(self) -> Parts:
+        parts = {"scale": self.scale, "shift": self.shift, "replace": self.value, "mask": self.mask}
+        return {name: table for name, table in parts.items() if table is not None}
+
+    def edits(self, context: Context) -> NeuronEdits:
+        """The edits of the rows of one forward pass."""
+        if not context.prefill:
+            return self.decode
+        return NeuronEdits(self.index, **{name: by_row(table, context.kinds) for name, table in self._parts().items()})
 
     def apply(self, activations: Tensor, context: Context) -> Tensor:
         """Edit ``activations [B, N, I]``; the input is left alone."""
         if context.prefill and not self.uniform:
-            return run_edit_neurons(activations, self.edits(context.kinds))
+            return run_edit_neurons(activations, self.edits(context))
         step = self.step
         edited = activations
         if "scale" in step:
