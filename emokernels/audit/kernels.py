@@ -29,7 +29,6 @@ class Expects(TypedDict, total=False):
     * `free`: True when that comparison must show no work per element.
     * `elements`: elements that a thread has to do with in one pass of the main loop; BLOCK_M * BLOCK_N over the threads
       by default.
-    * `spills`: why this one may spill, where nothing helped; the table shows it instead of failing.
     * `note`: what the table says beside the numbers.
     """
 
@@ -38,7 +37,6 @@ class Expects(TypedDict, total=False):
     plain: str
     free: bool
     elements: float
-    spills: str
     note: str
 
 

@@ -12,6 +12,7 @@ from ..heads import HeadEdits
 from ..ops import empty_outputs
 from ..problem import Problem
 from . import decode
+from .arguments import edit_arguments, shared_stride, table_arguments
 from .forward import forward_kernel
 from .launch import Launch, arch_of, padded_dim
 from .prefix import attend as attend_prefix
@@ -83,33 +84,21 @@ def tiles_for(problem: Problem, heads: HeadEdits | None, arch: str) -> Tiles:
     return next(tiles for tiles in offered if burden <= tiles.room)
 
 
-def _stride(tensor: Tensor | None, dimension: int) -> int:
-    """The stride of a dimension, 0 where it is shared (size 1) or there is no tensor."""
-    return 0 if tensor is None or tensor.shape[dimension] == 1 else tensor.stride(dimension)
-
-
 def forward_launch(
     problem: Problem, z: Tensor, lse: Tensor | None, schedule: Schedule | None, tiles: Tiles, heads: HeadEdits | None
 ) -> Launch:
     """The launch that fills z ``[B, H, N, D]`` and lse ``[B, H, N]`` (unless None) of a problem."""
     q, k, v, mask = problem.q, problem.k, problem.v, problem.mask
     batch, query_heads, n, dim = q.shape
-    edits = heads if heads is not None else HeadEdits()
-    scale, chosen = _dense_last(edits.scale, 1), _dense_last(edits.mask, 1)
-    shift, replace = _dense_last(edits.shift, 2), _dense_last(edits.replace, 2)
+    tables, routes = table_arguments(problem)
+    edited, edits = edit_arguments(heads)
     values, lowest, at_mask = mask_arguments(mask, batch, query_heads)
-    tables = {
-        "bias": problem.bias, "factor": problem.factor, "magnitude": problem.magnitude, "gain": problem.gain
-    }  # fmt: skip
-    tables = {name: None if table is None else table.contiguous() for name, table in tables.items()}
     routed = problem.routed
     order, ends = schedule if schedule is not None else (None, None)
     args = {
         "q": q, "k": k, "v": v, "z": z, "lse": lse, "order": order, "ends": ends,
         "roles": problem.roles if routed else None, "query_roles": problem.query_roles if routed else None,
-        **tables, "mask": values,
-        "head_scale": scale, "head_shift": shift, "head_replace": replace,
-        "head_mask": None if chosen is None else chosen.view(torch.uint8),
+        **tables, **edited, "mask": values,
         **{
             f"stride_{name}_{axis}": t.stride(x)
             for name, t in (("q", q), ("k", k), ("v", v))
@@ -118,46 +107,28 @@ def forward_launch(
         "stride_z_b": z.stride(0), "stride_z_h": z.stride(1), "stride_z_n": z.stride(2),
         "stride_order_b": 0 if order is None or order.shape[0] == 1 else order.shape[1] * order.shape[2],
         "stride_order_h": 0 if order is None or order.shape[1] == 1 else order.shape[2],
-        "stride_role_b": _stride(problem.roles, 0), "stride_query_b": _stride(problem.query_roles, 0),
-        **{f"stride_{name}_b": _stride(table, 0) for name, table in tables.items()},
+        "stride_role_b": shared_stride(problem.roles, 0), "stride_query_b": shared_stride(problem.query_roles, 0),
         **{f"stride_mask_{axis}": stride for axis, stride in zip("bhnk", at_mask, strict=True)}, "lowest": lowest,
-        **{
-            f"stride_{name}_{axis}": _stride(t, x)
-            for name, t in (("scale", scale), ("shift", shift), ("replace", replace), ("chosen", chosen))
-            for x, axis in enumerate("bn")
-        },
         "n": n, "keys": k.shape[2], "length": 0 if order is None else order.shape[3], "heads": query_heads,
         "share": query_heads // k.shape[1], "dim": dim, "window": problem.window,
         "scale": abs(problem.scale), "cap": problem.softcap,
     }  # fmt: skip
     meta = {
         "SCHEDULED": schedule is not None, "ROUTED": routed,
-        "BIAS": problem.bias is not None, "FACTOR": problem.factor is not None,
-        "MAGNITUDE": problem.magnitude is not None, "GAIN": problem.gain is not None,
+        **routes, **edits,
         "MASK": mask_kind(mask), "CAUSAL": problem.causal, "WINDOW": problem.window > 0,
-        "SOFTCAP": problem.softcap > 0, "HEAD_SCALE": scale is not None, "HEAD_SHIFT": shift is not None,
-        "HEAD_REPLACE": replace is not None, "LSE": lse is not None,
+        "SOFTCAP": problem.softcap > 0, "LSE": lse is not None,
         "PRECISION": "tf32x3" if q.dtype == torch.float32 else "ieee", "NEGATIVE": problem.scale < 0,
         "EVEN": padded_dim(dim) == dim, "SLOW_STAGES": tiles.slow_stages,
         "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "DIM": padded_dim(dim),
+        # 256 float32 numbers of q a row, each in the two parts that TF32 needs, are more than there are registers.
+        "CHUNK": 64 if q.dtype == torch.float32 and padded_dim(dim) == 256 else padded_dim(dim),
     }  # fmt: skip
     grid = (triton.cdiv(n, tiles.block_m), query_heads, batch)
     # With a list of blocks two loads follow each other, and Triton shares the stages out between them: so many of them
     # keep as many tiles of keys under way as without one.
     stages = tiles.num_stages if schedule is None else 2 * tiles.num_stages - 1
     return Launch(forward_kernel, grid, args, meta, tiles.num_warps, stages)
-
-
-def _dense_last(value: Tensor | None, dimensions: int) -> Tensor | None:
-    """`value` with its last dimensions dense, as the kernel indexes them; small, and copied only when they are not."""
-    if value is None:
-        return None
-    wanted = 1
-    for x in range(1, dimensions + 1):
-        if value.shape[-x] > 1 and value.stride(-x) != wanted:
-            return value.contiguous()
-        wanted *= value.shape[-x]
-    return value
 
 
 def needs_schedule(problem: Problem) -> bool:

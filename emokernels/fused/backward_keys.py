@@ -14,9 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..problem import Problem
-from .backward_pairs import capped, load_tile, logits, products, pulled, seen_pairs, through_logit, unscaled
+from .backward_pairs import capped, logits, pulled, seen_pairs, through_logit, unscaled
 from .backward_rows import Rows, arguments_of, ordinary, stages_of
-from .blocks import LOG2E, members_of, partition, per_row, representative, set_of
+from .blocks import LOG2E, load_tile, members_of, partition, per_row, products, representative, set_of
 from .launch import Config, Launch
 from .schedule import Schedule
 

@@ -14,19 +14,6 @@ from .blocks import LN2, LOG2E, tanh
 
 
 @triton.jit
-def load_tile(start, rows, d, inside, stride, stride_d, dim, CHECKED: tl.constexpr, EVEN: tl.constexpr):
-    """Rows ``[M]`` of a matrix ``[?, dim]``, padded to the tile's width; `inside` says which exist."""
-    at = start + rows[:, None] * stride + d[None, :] * stride_d
-    if CHECKED:
-        tile = tl.load(at, mask=inside[:, None] if EVEN else inside[:, None] & (d < dim)[None, :], other=0.0)
-    elif EVEN:
-        tile = tl.load(at)
-    else:
-        tile = tl.load(at, mask=(d < dim)[None, :], other=0.0)
-    return tile
-
-
-@triton.jit
 def seen_pairs(
     i, j, rows, columns, offset, window, mask, at_mask, stride_mask_n, stride_mask_k, lowest,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
@@ -50,29 +37,6 @@ def seen_pairs(
             value = tl.load(mask + at, mask=seen, other=0.0).to(tl.float32)
             added = tl.where(seen & (value > lowest), value * LOG2E, float("-inf"))
     return seen, added
-
-
-@triton.jit
-def products(
-    a, b, start_a, rows_a, inside_a, stride_a, stride_a_d, start_b, rows_b, inside_b, stride_b, stride_b_d, dim,
-    CHECKED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, DIM: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """``a b^T`` of tiles ``[M, DIM]`` and ``[N, DIM]``, float32.
-
-    Whole tiles of float32 do not fit into registers in the form in which matrix instructions take them: there they are
-    read CHUNK columns at a time, from memory that is near after the first time, and `a` and `b` are not used.
-    """
-    if CHUNK == DIM:
-        total = tl.dot(a, tl.trans(b), input_precision=PRECISION)
-    else:
-        total = tl.zeros([M, N], tl.float32)
-        for begin in tl.range(0, DIM, CHUNK, num_stages=1, disable_licm=True):
-            d = begin + tl.arange(0, CHUNK)
-            left = load_tile(start_a, rows_a, d, inside_a, stride_a, stride_a_d, dim, True, EVEN)
-            right = load_tile(start_b, rows_b, d, inside_b, stride_b, stride_b_d, dim, CHECKED, EVEN)
-            total = tl.dot(left, tl.trans(right), total, input_precision=PRECISION)
-    return total
 
 
 @triton.jit

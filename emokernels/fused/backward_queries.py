@@ -20,9 +20,9 @@ from torch import Tensor
 from ..problem import Problem
 from ..routes import ROLES
 from .arguments import dense_last, shared_stride
-from .backward_pairs import capped, load_tile, logits, products, pulled, seen_pairs, through_logit, unscaled
+from .backward_pairs import capped, logits, pulled, seen_pairs, through_logit, unscaled
 from .backward_rows import Rows, arguments_of, stages_of
-from .blocks import LOG2E, members_of, partition, per_row, representative, set_of
+from .blocks import LOG2E, key_range, load_tile, members_of, partition, per_row, products, representative, set_of
 from .launch import Config, Launch
 from .schedule import Schedule
 
@@ -120,23 +120,14 @@ def queries_kernel(
     ones = tl.full([BLOCK_M], 1.0, tl.float32)
 
     # Without a schedule: a contiguous range of wholly visible blocks, and the blocks at its two ends.
-    begin, end, full_begin, full_end = 0, tl.cdiv(keys, BLOCK_N), 0, keys // BLOCK_N
+    begin, end, full_begin, full_end = 0, 0, 0, 0
     segments = 1
     if SCHEDULED:
         at_list = batch * stride_order_b + head * stride_order_h + tile
         order += at_list * length
         ends += at_list * (26 if ROUTED else 2)
     else:
-        first_position = tile * BLOCK_M + keys - n
-        last_position = tl.minimum(tile * BLOCK_M + BLOCK_M, n) - 1 + keys - n
-        if CAUSAL:
-            full_end = tl.minimum(full_end, (first_position + 1) // BLOCK_N)
-            end = tl.minimum(end, tl.cdiv(last_position + 1, BLOCK_N))
-        if WINDOW:
-            begin = tl.maximum(first_position - window + 1, 0) // BLOCK_N
-            full_begin = tl.cdiv(tl.maximum(last_position - window + 1, 0), BLOCK_N)
-        full_begin = tl.minimum(full_begin, end)
-        full_end = tl.maximum(full_end, full_begin)
+        begin, end, full_begin, full_end = key_range(tile, n, keys, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOW)
 
     dst = tl.zeros([BLOCK_M], tl.int32)
     at_bias, at_factor, at_magnitude, at_gain = batch, batch, batch, batch
@@ -289,7 +280,8 @@ def queries_launch(
     """The launch that fills dq ``[B, H, N, D]``, contiguous, and the partial sums of tables by name, unless None."""
     args, meta = arguments_of(problem, grad_z, rows, schedule, config)
     # Triton chooses the layout of a product by the narrowest numbers that go into it: bytes would cost ds 16-bit loads.
-    query_roles = dense_last(problem.query_roles.to(torch.int32), 1) if problem.routed else None
+    given = problem.query_roles if problem.routed else None
+    query_roles = None if given is None else dense_last(given.to(torch.int32), 1)
     args |= {
         "lse2": rows.lse2, "delta": rows.delta, "dq": dq, **{f"d{name}": t for name, t in partials.items()},
         "query_roles": query_roles, "stride_query_b": shared_stride(query_roles, 0),

@@ -174,3 +174,61 @@ def edited(
         new = tl.load(value, mask=inside & replaced[:, None], other=0.0).to(tl.float32)
         out = tl.where(replaced[:, None], new, out)
     return out
+
+
+@triton.jit
+def load_tile(start, rows, d, inside, stride, stride_d, dim, CHECKED: tl.constexpr, EVEN: tl.constexpr):
+    """Rows ``[M]`` of a matrix ``[?, dim]``, padded to the tile's width; `inside` says which exist."""
+    at = start + rows[:, None] * stride + d[None, :] * stride_d
+    if CHECKED:
+        tile = tl.load(at, mask=inside[:, None] if EVEN else inside[:, None] & (d < dim)[None, :], other=0.0)
+    elif EVEN:
+        tile = tl.load(at)
+    else:
+        tile = tl.load(at, mask=(d < dim)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def products(
+    a, b, start_a, rows_a, inside_a, stride_a, stride_a_d, start_b, rows_b, inside_b, stride_b, stride_b_d, dim,
+    CHECKED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, DIM: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """``a b^T`` of tiles ``[M, DIM]`` and ``[N, DIM]``, float32.
+
+    Whole tiles of float32 do not fit into registers in the form in which matrix instructions take them: there they are
+    read CHUNK columns at a time, from memory that is near after the first time, and `a` and `b` are not used.
+    """
+    if CHUNK == DIM:
+        total = tl.dot(a, tl.trans(b), input_precision=PRECISION)
+    else:
+        total = tl.zeros([M, N], tl.float32)
+        for begin in tl.range(0, DIM, CHUNK, num_stages=1, disable_licm=True):
+            d = begin + tl.arange(0, CHUNK)
+            left = load_tile(start_a, rows_a, d, inside_a, stride_a, stride_a_d, dim, True, EVEN)
+            right = load_tile(start_b, rows_b, d, inside_b, stride_b, stride_b_d, dim, CHECKED, EVEN)
+            total = tl.dot(left, tl.trans(right), total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
+def key_range(
+    tile, n, keys, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr
+):  # fmt: skip
+    """The key blocks of a tile of rows without routes and masks: begin and end, and those of the wholly visible ones.
+
+    The latter are a contiguous part of the former.
+    """
+    begin, end, full_begin, full_end = 0, tl.cdiv(keys, BLOCK_N), 0, keys // BLOCK_N
+    first_position = tile * BLOCK_M + keys - n
+    last_position = tl.minimum(tile * BLOCK_M + BLOCK_M, n) - 1 + keys - n
+    if CAUSAL:
+        full_end = tl.minimum(full_end, (first_position + 1) // BLOCK_N)
+        end = tl.minimum(end, tl.cdiv(last_position + 1, BLOCK_N))
+    if WINDOW:
+        begin = tl.maximum(first_position - window + 1, 0) // BLOCK_N
+        full_begin = tl.cdiv(tl.maximum(last_position - window + 1, 0), BLOCK_N)
+    full_begin = tl.minimum(full_begin, end)
+    full_end = tl.maximum(full_end, full_begin)
+    return begin, end, full_begin, full_end

@@ -18,7 +18,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .blocks import LN2, LOG2E, members_of, partition, per_row, representative, set_of, shaped, visible
+from .blocks import (
+    LN2,
+    LOG2E,
+    key_range,
+    load_tile,
+    members_of,
+    partition,
+    per_row,
+    products,
+    representative,
+    set_of,
+    shaped,
+    visible,
+)
 
 
 @triton.jit
@@ -33,18 +46,22 @@ def _anew(tile, count, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def _scores(
-    query, k, first, offsets, d, j_ok, stride_k_n, stride_k_d, dim,
-    CHECKED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    query, q, rows, rows_ok, stride_q_n, stride_q_d, k, first, offsets, d, j_ok, stride_k_n, stride_k_d, dim,
+    CHECKED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, NEGATIVE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DIM: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """``q k`` of a tile of rows with the block of keys at `first`, ``[M, N]`` float32."""
-    at = k + first.to(tl.int64) * stride_k_n + offsets[:, None] * stride_k_n + d[None, :] * stride_k_d
-    if CHECKED:
-        keys = tl.load(at, mask=j_ok[:, None] if EVEN else j_ok[:, None] & (d < dim)[None, :], other=0.0)
-    elif EVEN:
-        keys = tl.load(at)
-    else:
-        keys = tl.load(at, mask=(d < dim)[None, :], other=0.0)
-    return tl.dot(query, tl.trans(keys), input_precision=PRECISION)
+    at = k + first.to(tl.int64) * stride_k_n
+    keys = d
+    if CHUNK == DIM:
+        keys = load_tile(at, offsets, d, j_ok, stride_k_n, stride_k_d, dim, CHECKED, EVEN)
+    product = products(
+        query, keys, q, rows.to(tl.int64), rows_ok, stride_q_n, stride_q_d,
+        at, offsets, j_ok, stride_k_n, stride_k_d, dim, CHECKED, EVEN, PRECISION, BLOCK_M, BLOCK_N, DIM, CHUNK,
+    )  # fmt: skip
+    if NEGATIVE and CHUNK != DIM:
+        product = -product
+    return product
 
 
 @triton.jit
@@ -53,13 +70,8 @@ def _weighted(
     CHECKED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``acc + p v`` of the block of keys at `first`."""
-    at = v + first.to(tl.int64) * stride_v_n + offsets[:, None] * stride_v_n + d[None, :] * stride_v_d
-    if CHECKED:
-        values = tl.load(at, mask=j_ok[:, None] if EVEN else j_ok[:, None] & (d < dim)[None, :], other=0.0)
-    elif EVEN:
-        values = tl.load(at)
-    else:
-        values = tl.load(at, mask=(d < dim)[None, :], other=0.0)
+    at = v + first.to(tl.int64) * stride_v_n
+    values = load_tile(at, offsets, d, j_ok, stride_v_n, stride_v_d, dim, CHECKED, EVEN)
     return tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
 
 
@@ -152,7 +164,7 @@ def forward_kernel(
     GAIN: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     HEAD_SCALE: tl.constexpr, HEAD_SHIFT: tl.constexpr, HEAD_REPLACE: tl.constexpr, LSE: tl.constexpr,
     PRECISION: tl.constexpr, NEGATIVE: tl.constexpr, EVEN: tl.constexpr, SLOW_STAGES: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DIM: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Z and lse of one tile of query rows of one head; the grid is (tiles, heads, batch rows)."""
     # The last tiles of a causal problem have the most keys: they start first.
@@ -164,11 +176,12 @@ def forward_kernel(
     offsets = tl.arange(0, BLOCK_N)
     valid = i < n
     position = i + (keys - n)
-    inside = valid[:, None] if EVEN else valid[:, None] & (d < dim)[None, :]
-    at_q = batch * stride_q_b + head * stride_q_h + i.to(tl.int64)[:, None] * stride_q_n + d[None, :] * stride_q_d
-    query = tl.load(q + at_q, mask=inside, other=0.0)
-    if NEGATIVE:
-        query = -query
+    q += batch * stride_q_b + head * stride_q_h
+    query = d
+    if CHUNK == DIM:
+        query = load_tile(q, i.to(tl.int64), d, valid, stride_q_n, stride_q_d, dim, True, EVEN)
+        if NEGATIVE:
+            query = -query
     k += batch * stride_k_b + (head // share) * stride_k_h
     v += batch * stride_v_b + (head // share) * stride_v_h
     at_mask = batch * stride_mask_b + head * stride_mask_h
@@ -179,23 +192,14 @@ def forward_kernel(
     unit = tl.full([BLOCK_M], 1.0, tl.float32)
 
     # Without a schedule: a contiguous range of wholly visible blocks, and the blocks at its two ends.
-    begin, end, full_begin, full_end = 0, tl.cdiv(keys, BLOCK_N), 0, keys // BLOCK_N
+    begin, end, full_begin, full_end = 0, 0, 0, 0
     segments = 1
     if SCHEDULED:
         at_list = batch * stride_order_b + head * stride_order_h + tile
         order += at_list * length
         ends += at_list * (26 if ROUTED else 2)
     else:
-        first_position = tile * BLOCK_M + keys - n
-        last_position = tl.minimum(tile * BLOCK_M + BLOCK_M, n) - 1 + keys - n
-        if CAUSAL:
-            full_end = tl.minimum(full_end, (first_position + 1) // BLOCK_N)
-            end = tl.minimum(end, tl.cdiv(last_position + 1, BLOCK_N))
-        if WINDOW:
-            begin = tl.maximum(first_position - window + 1, 0) // BLOCK_N
-            full_begin = tl.cdiv(tl.maximum(last_position - window + 1, 0), BLOCK_N)
-        full_begin = tl.minimum(full_begin, end)
-        full_end = tl.maximum(full_end, full_begin)
+        begin, end, full_begin, full_end = key_range(tile, n, keys, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOW)
 
     at_bias, at_factor, at_magnitude, at_gain = batch, batch, batch, batch
     only = 0
@@ -245,7 +249,9 @@ def forward_kernel(
             for t in tl.range(start, mute_stop, num_stages=1, disable_licm=True):
                 first = tl.load(order + t) * BLOCK_N
                 product = _scores(
-                    query, k, first, offsets, d, valid, stride_k_n, stride_k_d, dim, False, EVEN, PRECISION
+                    query, q, _anew(tile, first, BLOCK_M), valid, stride_q_n, stride_q_d,
+                    k, first, offsets, d, valid, stride_k_n, stride_k_d, dim,
+                    False, EVEN, PRECISION, NEGATIVE, BLOCK_M, BLOCK_N, DIM, CHUNK,
                 )  # fmt: skip
                 p, m, total, shrink = _soften(product, m, total, scale, cap, a, c, SOFTCAP, FACTOR, MAGNITUDE)
             # One gain on every weight of a row is the unit in which its output is summed.
@@ -255,7 +261,9 @@ def forward_kernel(
         for t in range(start, quick_stop):
             first = (tl.load(order + t) if SCHEDULED else t) * BLOCK_N
             product = _scores(
-                query, k, first, offsets, d, valid, stride_k_n, stride_k_d, dim, False, EVEN, PRECISION
+                query, q, _anew(tile, first, BLOCK_M), valid, stride_q_n, stride_q_d,
+                k, first, offsets, d, valid, stride_k_n, stride_k_d, dim,
+                False, EVEN, PRECISION, NEGATIVE, BLOCK_M, BLOCK_N, DIM, CHUNK,
             )  # fmt: skip
             p, m, total, shrink = _soften(product, m, total, scale, cap, a, c, SOFTCAP, FACTOR, MAGNITUDE)
             acc = _weighted(
@@ -306,7 +314,11 @@ def forward_kernel(
                 first = tl.where(t < full_begin - begin, begin + t, full_end + t - (full_begin - begin)) * BLOCK_N
             j = first + offsets
             columns = j < keys
-            product = _scores(query, k, first, offsets, d, columns, stride_k_n, stride_k_d, dim, True, EVEN, PRECISION)
+            product = _scores(
+                query, q, _anew(tile, first, BLOCK_M), valid, stride_q_n, stride_q_d,
+                k, first, offsets, d, columns, stride_k_n, stride_k_d, dim,
+                True, EVEN, PRECISION, NEGATIVE, BLOCK_M, BLOCK_N, DIM, CHUNK,
+            )  # fmt: skip
             if ROUTED:
                 role = tl.load(roles + j, mask=columns, other=0).to(tl.int32)
                 columns = columns & ((members >> role) & 1 != 0)

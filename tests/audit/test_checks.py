@@ -59,13 +59,6 @@ def test_table_shows_zero_and_names_what_fails():
     assert len({len(line) for line in text.splitlines() if line.startswith("|")}) == 1, "columns are aligned"
 
 
-def test_a_spill_with_a_reason_is_shown_and_counted():
-    one = record(expects={"spills": "too many numbers"}, spills=7)
-    text = report.text([one], [])
-    assert "| too many numbers |" in text
-    assert "no spills but in 1 that say why" in text
-
-
 class Kernel:
     def __init__(self, name):
         self.__name__ = name

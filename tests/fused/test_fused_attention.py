@@ -128,6 +128,17 @@ def test_head_dimensions(dim):
     check(*qkv(n=20, keys=40, dim=dim), random_routes(), roles=roles_of([*LLAVA, *VIDEO]))
 
 
+@pytest.mark.parametrize(("dim", "scale"), [(200, None), (256, -0.1)])
+def test_wide_heads_are_multiplied_in_parts(dim, scale):
+    """In float32 more than 128 numbers a row do not fit into registers, and are read again for every block of keys."""
+    check(
+        *qkv(heads=4, key_heads=2, n=20, keys=40, dim=dim),
+        random_routes(),
+        roles=roles_of([*LLAVA, *VIDEO]),
+        scale=scale,
+    )
+
+
 @pytest.mark.parametrize("form", ["bool", "per head", "additive", "lowest", "values"])
 def test_masks(form):
     q, k, v = qkv(batch=2, n=40, keys=80, dim=16)
