@@ -46,7 +46,9 @@ audit: $(VENV)/.installed ## every GPU kernel compiled for three architectures, 
 
 bench: $(VENV)/.installed ## what an intervention costs on this CPU
 	$(BIN)/python bench/attention_cpu.py --check
-	$(BIN)/python bench/generation.py --check
+	$(BIN)/emocircuits bench --device cpu --check --batch 32 --only empty veena
+	$(BIN)/emocircuits bench --device cpu --check --config llava-0.1b --random-weights --only empty veena
+	$(BIN)/emocircuits bench --device cpu --check --config llava-0.3b --random-weights --only empty veena
 	$(BIN)/python -m pytest -p no:cacheprovider bench
 
 gpu: ## GPU tests and benchmarks, with the python at hand; installs nothing (GPU_ARGS=--quick, ...)

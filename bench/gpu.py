@@ -1,6 +1,7 @@
-"""What `make gpu` runs: the GPU tests, then the kernel benchmarks, then the page of figures.
+"""What `make gpu` runs: the GPU tests, the kernel benchmarks, the page of figures, and what VEENA costs two models.
 
-    python bench/gpu.py [--skip-tests] [--workers N] [options of python -m bench.kernels_gpu]
+    python bench/gpu.py [--skip-tests] [--skip-benchmarks] [--skip-overhead] [--workers N]
+                        [options of python -m bench.kernels_gpu]
 
 Needs an NVIDIA GPU, and pytest; installs nothing. Without a GPU it says so and exits with 0. It exits with 1 when a
 test fails, or when a kernel of ours gives a wrong answer in a benchmark; the benchmarks run also after a test has
@@ -11,18 +12,27 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import os
 import re
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "python")]
 
 TESTS = ("tests/gpu", "tests/fused", "tests/native")
+OVERHEAD = ("llava-1.5-7b", "qwen3-vl-8b")
+"""Shapes, with random weights, for `emocircuits bench`."""
+OVERHEAD_OPTIONS = (
+    "--random-weights", "--dtype", "bfloat16", "--cache", "static", "--compile", "--new-tokens", "64",
+    "--seconds", "60", "--prepare-seconds", "300",
+)  # fmt: skip
+OVERHEAD_TIMEOUT = 540
 WORKERS = 12
 """Processes of the tests, where pytest-xdist is there: most of their time is compilation on one core."""
 
@@ -31,6 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--skip-tests", action="store_true", help="only the benchmarks")
     parser.add_argument("--skip-benchmarks", action="store_true", help="only the tests")
+    parser.add_argument("--skip-overhead", action="store_true", help="leave out `emocircuits bench` (minutes a model)")
     parser.add_argument("--workers", type=int, default=WORKERS, help=f"processes of the tests (default {WORKERS})")
     parser.add_argument("--test-seconds", type=float, default=300, help="stop the tests after this time (default 300)")
     options, rest = parser.parse_known_args(arguments)
@@ -47,6 +58,40 @@ def main(arguments: list[str] | None = None) -> int:
     if tests is not None:
         note(tests, chosen.device, chosen.commit, chosen.results)
     _run([sys.executable, "-m", "bench.kernels_gpu.report", "--results", str(chosen.results)])
+    if not options.skip_overhead:
+        code = max(code, run_overhead(chosen.results))
+    return code
+
+
+def run_overhead(
+    results: Path, device: str = "cuda", shapes: Sequence[str] = OVERHEAD, more: Sequence[str] = ()
+) -> int:
+    """Run `emocircuits bench` on every shape and keep its record; 1 when one of them fails."""
+    code = 0
+    name = _python("import torch; print(torch.cuda.get_device_name())") if device.startswith("cuda") else device
+    for shape in shapes:
+        options = ["--config", shape, "--device", device, *OVERHEAD_OPTIONS, *more]
+        command = [sys.executable, "-m", "emocircuits.cli", "bench", *options, "--json"]
+        print(" ".join(["emocircuits", *command[3:]]), flush=True)
+        try:
+            done = subprocess.run(
+                command, cwd=ROOT, env=_environment(), stdout=subprocess.PIPE, text=True, check=False,
+                timeout=OVERHEAD_TIMEOUT,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            print(f"{shape}: stopped after {OVERHEAD_TIMEOUT} s")
+            code = 1
+            continue
+        if done.returncode:
+            code = 1
+            continue
+        from bench.kernels_gpu.machine import slug
+        from emocircuits.files import write_json
+        from emocircuits.overhead import report
+
+        record = json.loads(done.stdout)
+        print(report.table(record))
+        write_json(results / f"overhead-{slug(shape)}-{slug(name)}.json", record)
     return code
 
 

@@ -26,9 +26,9 @@ def versions() -> dict[str, str]:
     return found
 
 
-def device() -> dict[str, Any]:
-    """The processor that results were made on."""
-    if torch.cuda.is_available():
+def device(kind: str | None = None) -> dict[str, Any]:
+    """The processor that results were made on: a GPU where there is one, unless ``kind`` is ``"cpu"``."""
+    if torch.cuda.is_available() and kind != "cpu":
         return {"device": torch.cuda.get_device_name(), "threads": torch.get_num_threads()}
     return {"device": _cpu(), "threads": torch.get_num_threads()}
 
@@ -53,6 +53,6 @@ def commit() -> str | None:
         return None
 
 
-def provenance() -> dict[str, Any]:
-    """Device, versions and commit as one JSON-ready object."""
-    return {**device(), "versions": versions(), "commit": commit()}
+def provenance(kind: str | None = None) -> dict[str, Any]:
+    """Device, versions and commit as one JSON-ready object; ``kind`` as in :func:`device`."""
+    return {**device(kind), "versions": versions(), "commit": commit()}

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from emocircuits.overhead.ratios import ratio
 from emocircuits.patching import patch
 from emocircuits.plan import Plan
 
@@ -55,12 +56,7 @@ def overhead(
     for i in range(pairs):
         for j in (0, 1) if i % 2 == 0 else (1, 0):
             times[i, j] = timed(plan if j else None)
-    ratios = times[:, 1] / times[:, 0]
-    rng = np.random.default_rng(seed)
-    medians = np.median(rng.choice(ratios, (2000, pairs)), axis=1)
-    low, high = np.percentile(medians, [2.5, 97.5])
+    found = ratio(times[:, 1].tolist(), times[:, 0].tolist(), seed)
     batch = inputs["input_ids"].shape[0]
     without, with_plan = np.median(times, axis=0)
-    return Overhead(
-        float(without), float(with_plan), float(np.median(ratios)), float(low), float(high), tokens, batch, pairs
-    )
+    return Overhead(float(without), float(with_plan), found.median, found.low, found.high, tokens, batch, pairs)

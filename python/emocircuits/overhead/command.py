@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from typing import Any
@@ -35,6 +36,12 @@ def options(parser: argparse.ArgumentParser) -> None:
     add("--compile", action=argparse.BooleanOptionalAction, help=compiled)
     add("--only", nargs="+", metavar="NAME", help="some contenders (and the untouched model on SDPA)")
     add("--seconds", type=float, help=f"for the timed pairs (default {SECONDS[False]:g}; {SECONDS[True]:g} if quick)")
+    add(
+        "--prepare-seconds",
+        type=float,
+        default=math.inf,
+        help="start no contender after this time (default: start all)",
+    )
     add("--seed", type=int, default=0, help="of random weights, pixels and synthetic circuits (default 0)")
     add("--quick", action="store_true", help="under a minute for small models: few pairs, wide intervals")
     add("--check", action="store_true", help="exit with 1 when VEENA or an empty plan costs more than it may")
@@ -68,6 +75,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     record = measure(
         subject, competing, Settings(tokens, cache, compiled), quick=args.quick, progress=not args.json,
         seconds=SECONDS[args.quick] if args.seconds is None else args.seconds, fewest=PAIRS[args.quick],
+        prepare_seconds=args.prepare_seconds,
     )  # fmt: skip
     record["command"] = args.command_line
     judged = record["bounds"] = bounds.judge(record) if args.check else []

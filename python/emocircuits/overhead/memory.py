@@ -24,7 +24,7 @@ METHODS = {
 
 def used(device: torch.device) -> int | None:
     """Bytes in use now, after giving back what is free; None where that cannot be known."""
-    gc.collect()
+    gc.collect(1)  # cycles of the last calls; older garbage is in use before and after, and cancels
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         return torch.cuda.memory_allocated(device)

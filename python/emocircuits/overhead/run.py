@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses as dc
 import gc
+import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -62,6 +63,7 @@ def measure(
     settings: Settings,
     *,
     seconds: float = 120.0,
+    prepare_seconds: float = math.inf,
     fewest: int = FEWEST,
     quick: bool = False,
     progress: bool = True,
@@ -73,6 +75,7 @@ def measure(
         competing: the baseline first.
         settings: of the generations.
         seconds: for the timed pairs, all contenders together.
+        prepare_seconds: contenders that could only be prepared after this time are left out: compilation takes minutes.
         fewest: pairs that are timed whatever they take.
         quick: leave out contenders that compile for long.
         progress: bars on standard error.
@@ -94,7 +97,7 @@ def measure(
     with contextlib.ExitStack() as stack, _room_for_graphs(), torch.no_grad():
         for entry in entries:
             stack.push(entry.undo)
-        seen = _prepare(subject, entries, progress)
+        seen = _prepare(subject, entries, prepare_seconds, progress)
         agreed = agreement.check(seen, list(competing), next(subject.model.parameters()).dtype)
         del seen
         ready = [entry for entry in entries if entry.status == "ready"]
@@ -109,6 +112,9 @@ def measure(
         if best is not base:
             pairs += [(one, best) for one in others if one.contender.kind == "ours"]
         _time(pairs, subject, seconds - share, fewest, progress, "contenders")
+        if not base.times:  # nobody to be timed beside
+            assert base.model is not None
+            base.times = [timed(base.model, subject.inputs, base.settings) for _ in range(fewest)]
         rows = [_row(entry) for entry in entries]
     return {
         "schema": SCHEMA,
@@ -120,7 +126,7 @@ def measure(
         "agreement": [one.to_dict() for one in agreed],
         "contenders": rows,
         "seconds": time.perf_counter() - begin,
-        **provenance(),
+        **provenance(subject.device.type),
     }
 
 
@@ -143,13 +149,17 @@ def _room_for_graphs() -> Iterator[None]:
         yield
 
 
-def _prepare(subject: Subject, entries: list[_Entry], progress: bool) -> dict[str, Tensor]:
+def _prepare(subject: Subject, entries: list[_Entry], seconds: float, progress: bool) -> dict[str, Tensor]:
     """Install, run and measure the memory of every contender; the logits of those that run, for one text."""
     seen: dict[str, Tensor] = {}
     tokens: Tensor | None = None
+    begin = time.perf_counter()
     waiting = [entry for entry in entries if entry.status == "ready"]
     for entry in (bar := tqdm(waiting, desc="preparing", disable=not progress, leave=False)):
         bar.set_postfix_str(entry.contender.name)
+        if seen and time.perf_counter() - begin > seconds:
+            entry.drop("skipped", f"the {seconds:g} s for preparing contenders were used up")
+            continue
         try:
             if tokens is None:
                 tokens = _text(subject, entry.settings)
@@ -176,7 +186,7 @@ def _text(subject: Subject, settings: Settings) -> Tensor:
 
 def _ready(subject: Subject, entry: _Entry, tokens: Tensor) -> Tensor:
     device = subject.device
-    before = memory.used(device)
+    before = memory.used(device) if device.type == "cuda" else None
     model = entry.model = subject.copy()
     entry.undo.enter_context(entry.contender.install(model, subject))
     # Of the same length as the timed generations, so that the same graphs serve; the rest of the text is the last word.
