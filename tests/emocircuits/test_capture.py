@@ -1,6 +1,8 @@
 """`capture` against unmodified eager models: their hidden states and attentions, plain hooks, loops over roles."""
 
 import copy
+import re
+from pathlib import Path
 
 import models
 import oracle
@@ -17,6 +19,8 @@ from emocircuits.measure import QUANTITIES, Captured, capture
 from emokernels import Role
 
 ROLES = oracle.NAMES
+PAGE = Path(__file__).parents[2] / "docs" / "capture.md"
+BEGIN, END = "<!-- table: generated from QUANTITIES -->\n", "<!-- end of table -->"
 LAYERED = [q.name for q in QUANTITIES.values() if q.layered and q.per == "token"]
 TOKEN = [q.name for q in QUANTITIES.values() if q.per == "token"]
 
@@ -808,3 +812,28 @@ def test_compiled_models():
             torch.compile(model, backend="aot_eager")(**step, past_key_values=prefill())
         for name in plain:
             same(seen[name], plain[name], rtol=1e-4, atol=1e-4)
+
+
+# -- the page --------------------------------------------------------------------------------------------------------
+def table():
+    """The table of docs/capture.md."""
+    rows = ["| name | TransformerLens | is |", "|---|---|---|"]
+    for q in QUANTITIES.values():
+        lens = "" if q.lens is None else f"`{q.lens.format('3')}`"
+        rows.append(f"| `{q.name}` | {lens} | {q.meaning} |")
+    return "\n".join(rows) + "\n"
+
+
+def test_the_page(tmp_path, monkeypatch):
+    """Print what its table should be with ``python tests/emocircuits/test_capture.py``."""
+    text = PAGE.read_text(encoding="utf-8")
+    assert text[text.index(BEGIN) + len(BEGIN) : text.index(END)] == table()
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(compile(block, str(PAGE), "exec"), names)
+    assert names["boosted"]["z"].shape == names["seen"]["z"].shape
+
+
+if __name__ == "__main__":
+    print(table())
