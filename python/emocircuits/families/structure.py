@@ -18,7 +18,8 @@ from emocircuits.families.base import Family, has_part
 from emocircuits.families.refusals import ATTENTION_TYPES
 
 ATTENTION_PARTS = {
-    "q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "q_layernorm", "k_layernorm", "rotary_emb",
+    "q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "q_layernorm", "k_layernorm", "query_layernorm",
+    "key_layernorm", "rotary_emb",
 }  # fmt: skip
 MLP_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn", "activation_fn", "act"}
 NORMS_BEFORE = {"input_layernorm", "post_attention_layernorm"}
@@ -85,7 +86,7 @@ def _layers(base: Family, layers: list[nn.Module], config: Any) -> tuple[Family,
         return base, ["decoder layers"]
     sites, experts, gated = set(), False, True
     for layer in layers:
-        parts = dict(layer.named_children())
+        parts = _parts(layer)
         needed = [p for p in ("self_attn", "mlp") if p not in parts]
         if needed:
             return base, [f"layer part {p}" for p in needed]
@@ -121,9 +122,13 @@ def _layers(base: Family, layers: list[nn.Module], config: Any) -> tuple[Family,
     return family, []
 
 
+def _parts(module: nn.Module) -> dict[str, nn.Module]:
+    return {name: part for name, part in module.named_children() if not isinstance(part, nn.Dropout)}
+
+
 def _attention(attention: nn.Module, config: Any) -> list[str]:
     missing = []
-    parts = dict(attention.named_children())
+    parts = _parts(attention)
     sizes = {name: getattr(config, name, None) for name in ("hidden_size", "num_attention_heads")}
     absent = [f"config.{name}" for name, value in sizes.items() if not isinstance(value, int)]
     absent += [f"self_attn.{p}" for p in ("q_proj", "k_proj", "v_proj", "o_proj") if p not in parts]
@@ -134,8 +139,11 @@ def _attention(attention: nn.Module, config: Any) -> list[str]:
     if unknown:
         missing.append(f"a known use of self_attn.{', self_attn.'.join(unknown)}")
     width, heads = config.hidden_size, config.num_attention_heads
-    dim = getattr(config, "head_dim", None) or width // heads
-    shared = (getattr(config, "num_key_value_heads", None) or heads) * dim
+    try:
+        dim = getattr(config, "head_dim", None) or width // heads
+        shared = (getattr(config, "num_key_value_heads", None) or heads) * dim
+    except Exception:  # transformers raises errors of its own for what differs by layer
+        return [*missing, "heads of one size and number in all layers"]
     expected = {
         "q_proj": (width, heads * dim), "k_proj": (width, shared), "v_proj": (width, shared),
         "o_proj": (heads * dim, width),
@@ -154,7 +162,7 @@ def _attention(attention: nn.Module, config: Any) -> list[str]:
 
 
 def _mlp(mlp: nn.Module, config: Any) -> list[str]:
-    parts = dict(mlp.named_children())
+    parts = _parts(mlp)
     if "down_proj" not in parts:
         return ["mlp.down_proj"]
     if not isinstance(getattr(config, "intermediate_size", None), int):
