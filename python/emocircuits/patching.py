@@ -150,7 +150,8 @@ class Patched:
         if old in (hf_attention.OVER_STOCK, hf_attention.OVER_EAGER):
             return
         saved = [(c, c.__dict__.get("_attn_implementation_internal")) for c in _configs(self.model)]
-        new = hf_attention.key_over(old)
+        capped = self.handle.softcap is not None  # SDPA has no cap of logits
+        new = hf_attention.key_over("eager" if capped else old)
         name = next(
             (n for n in getattr(self.model.config, "sub_configs", {}) if getattr(self.model.config, n, None) is config),
             None,
@@ -167,7 +168,8 @@ class Patched:
                 f"{type(self.model).__name__} keeps its attention ({config._attn_implementation}); it cannot be patched"
             )
         if old not in ("sdpa", "eager"):
-            log.info("unedited layers run on SDPA while the model is patched (the model was loaded with %s)", old)
+            stock = "eager attention" if capped else "SDPA"
+            log.info("unedited layers run on %s while the model is patched (it was loaded with %s)", stock, old)
 
     def _install_places(self, plan: Plan) -> None:
         """Sites and hooks on the modules that ``plan`` edits and on no other."""

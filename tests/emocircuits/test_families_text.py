@@ -141,6 +141,18 @@ def test_a_compiled_step_on_a_dynamic_cache_equals_the_oracle(name):
     harness.check(name, harness.RUNS[3:], seed=1)
 
 
+@torch.no_grad()
+def test_capped_logits_on_a_model_that_was_loaded_with_flex_attention():
+    """Its unedited layers cannot run on SDPA, which has no cap."""
+    model, exact, make_inputs, tolerance = harness.built("Gemma 2")
+    plan, inputs = Plan(harness.edits(open_model(model))["heads"]), make_inputs(2, "left")
+    model.set_attn_implementation("flex_attention")
+    with patch(model, plan):
+        tokens, logits = harness.generate(model, inputs)
+    assert model.config._attn_implementation == "flex_attention"
+    assert harness.distance(logits.double(), harness.Expected(exact, inputs, plan).steps(tokens)) < tolerance
+
+
 @pytest.mark.parametrize("name", MIXTURES)
 def test_neurons_of_mixtures_are_refused(name):
     model, make_inputs = harness.BUILDERS[name](torch.float32)
