@@ -133,10 +133,14 @@ def test_sliding_cache_in_a_compiled_step():
 def test_a_prompt_through_a_compiled_model_breaks_the_graph_and_is_right():
     model = models.build("llava")
     inputs = prompts(model)
-    with torch.no_grad(), patch(model, plan()):
-        expected = model(**inputs).logits
-        got = torch.compile(model, backend="eager")(**inputs).logits
-    torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
+    for each in (plan(), every_edit(0.6, [3, 7], [0, -2])):
+        with torch.no_grad(), patch(model, each):
+            expected = model(**inputs)
+            got = torch.compile(model, backend="eager")(**inputs)
+        torch.testing.assert_close(got.logits, expected.logits, rtol=0, atol=2e-5)
+        for one, two in zip(got.past_key_values.layers, expected.past_key_values.layers, strict=True):
+            torch.testing.assert_close(one.keys, two.keys, rtol=0, atol=2e-5)
+            torch.testing.assert_close(one.values, two.values, rtol=0, atol=2e-5)
 
 
 def every_edit(by, neurons, positions):

@@ -25,6 +25,7 @@ from emocircuits import (
     patch,
 )
 from emocircuits.families import open_model
+from emocircuits.measure import attention_weights
 
 
 @pytest.fixture(scope="module")
@@ -392,3 +393,11 @@ def test_beams_of_rows_with_different_positions(model):
             alone = model.generate(**row, **options)[:, -4:]
         assert torch.equal(alone, together[2 * i : 2 * i + 2])
         assert not torch.equal(alone, model.generate(**row, **options)[:, -4:])
+
+
+def test_attention_of_single_positions_cannot_be_read(model):
+    inputs = models.prompt(model, 3, 5)
+    plan = Plan([BoostRoute([(1, 0)], source="visual", by=2.0, positions=[-1])])
+    with pytest.raises(NotImplementedError, match="attention of layer 1 cannot be read"):
+        attention_weights(model, inputs, plan)
+    attention_weights(model, inputs, Plan([AddVector([1], vector(32), positions=[-1])]))
