@@ -18,8 +18,7 @@ OVER_STOCK = "emokernels"
 OVER_EAGER = "emokernels_on_eager"
 SITE = "_emocircuits_site"
 TAP = "_emocircuits_tap"
-# Arguments of an attention function that the stock SDPA path has no short cut for, and those that no edit can follow.
-_SPECIAL = ("s_aux", "position_bias", "cache", "softcap")
+# Arguments of an attention function that no edit can follow.
 _REFUSED = ("s_aux", "position_bias", "cache")
 
 
@@ -28,6 +27,11 @@ class AttentionSite(Protocol):
 
     def active(self) -> bool:
         """Whether the forward pass in progress is changed here."""
+
+    def step(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None
+    ) -> Tensor | None:
+        """As calling it, for a decode step that runs as it was prepared before; None when it does not."""
 
     def __call__(
         self,
@@ -62,14 +66,20 @@ def _over(stock: Callable[[Any], Callable[..., Any]]) -> Callable[..., tuple[Ten
         if tap is not None:
             _problem(tap, module, query, key, value, attention_mask, **kwargs)
         site: AttentionSite | None = module.__dict__.get(SITE)
+        bare = query.shape[2] == 1 and _is_bare(kwargs)
         if site is None or not site.active():
-            if stock is _sdpa and attention_mask is None and query.shape[2] == 1 and _is_bare(query, kwargs):
-                # What the stock function comes down to in a decode step, without its checks.
+            if bare and stock is _sdpa and attention_mask is None and query.shape[3] <= 256:
+                # What the stock function comes down to in a decode step, without its checks. Above 256 it repeats
+                # grouped keys instead of asking SDPA to share them.
                 z = scaled_dot_product_attention(
                     query, key, value, scale=kwargs.get("scaling"), enable_gqa=query.shape[1] != key.shape[1]
                 )
                 return z.transpose(1, 2).contiguous(), None
             return stock(module)(module, query, key, value, attention_mask, **kwargs)
+        if bare:
+            step = site.step(query, key, value, attention_mask, kwargs.get("scaling"))
+            if step is not None:
+                return step, None
         return _problem(site, module, query, key, value, attention_mask, **kwargs), None
 
     return forward
@@ -79,12 +89,15 @@ def _sdpa(module: Any) -> Callable[..., Any]:
     return sdpa_attention_forward
 
 
-def _is_bare(query: Tensor, options: dict[str, Any]) -> bool:
-    # Above 256 the stock function repeats grouped keys instead of asking SDPA to share them.
+def _is_bare(options: dict[str, Any]) -> bool:
+    """Whether a call is nothing but a softmax: written out, since every layer asks in every step."""
+    given = options.get
     return (
-        query.shape[3] <= 256
-        and not options.get("dropout")
-        and not any(options.get(name) is not None for name in _SPECIAL)
+        not given("dropout")
+        and given("softcap") is None
+        and given("s_aux") is None
+        and given("position_bias") is None
+        and given("cache") is None
     )
 
 

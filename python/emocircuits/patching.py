@@ -242,13 +242,14 @@ class Patched:
     # -- during a forward pass -----------------------------------------------------------------------------------
     def _forward(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The backbone's forward."""
-        refuse_attentions(self.handle.backbone, kwargs)
         given = {"input_ids": args[0], **kwargs} if args else kwargs
-        may_step = torch.compiler.is_compiling() and self.state.stamp and len(self.state.begins) == 0
-        if may_step and self.context.may_step_compiled(given):
-            self.context.step_compiled()
-            return forward(*args, **kwargs)
-        prompt = self._begin(given)
+        if torch.compiler.is_compiling():
+            if self.state.stamp and len(self.state.begins) == 0 and self.context.may_step_compiled(given):
+                self.context.step_compiled()
+                return forward(*args, **kwargs)
+            prompt = self._begin_outside(given)
+        else:
+            prompt = self._begin(given)
         caching = prompt and edits_cache(self.state.tables)
         if caching:
             require_cache(given, self.handle.text_config, self.state.tables)
@@ -262,10 +263,16 @@ class Patched:
         return output
 
     @torch.compiler.disable(reason="prompts, and steps inside capture(), run uncompiled")
+    def _begin_outside(self, kwargs: dict[str, Any]) -> bool:
+        return self._begin(kwargs)
+
     def _begin(self, kwargs: dict[str, Any]) -> bool:
         """Roles of a prompt are found, and tables filled, outside of compiled graphs."""
+        if kwargs.get("output_attentions"):
+            refuse_attentions(self.handle.backbone, kwargs)
         prompt = self.context.begin(kwargs)
         if prompt:
+            refuse_attentions(self.handle.backbone, kwargs)
             self._require_visual()
             self._ready()
             self._fill(self.context.batch, self.context.expand)

@@ -126,11 +126,6 @@ class AttentionSite:
     ) -> Tensor:
         """Head outputs ``[B, N, H, D]`` from Hugging Face's ``[B, H, N, D]`` inputs."""
         context, tables = self.state.context.at(query.device), self.tables()
-        if softcap is None and self.may_step(query, key, value) and self.prepared is not None:
-            prepared_tables, prompt, step = self.prepared
-            if step is not None and prepared_tables is tables and prompt is context.prompt:
-                scale = query.shape[3] ** -0.5 if scaling is None else scaling
-                return step(query, key, value, context.step_mask(mask, query.dtype), scale).transpose(1, 2)
         routes = heads = None
         if tables is not None and self.active():
             routes = tables.routes
@@ -163,6 +158,18 @@ class AttentionSite:
             )  # fmt: skip
             z = z if heads is None else apply_head_edits(z, heads)
         return z.transpose(1, 2)
+
+    def step(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None
+    ) -> Tensor | None:
+        """Head outputs of a decode step as it was prepared at an earlier one; None when it was not."""
+        if not self.may_step(query, key, value) or self.prepared is None:
+            return None
+        (tables, prompt, step), context = self.prepared, self.state.context
+        if step is None or tables is not self.tables() or prompt is not context.prompt:
+            return None
+        scale = query.shape[3] ** -0.5 if scaling is None else scaling
+        return step(query, key, value, context.step_mask(mask, query.dtype), scale).transpose(1, 2)
 
     def may_step(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
         """Whether this call is a decode step that can run as it was prepared at an earlier one of the same prompt."""
