@@ -38,7 +38,10 @@ Look = Callable[[Any, tuple[str, Any], torch.Generator], Seen]
 @torch.no_grad()
 def features(model: Any, kind: str, inputs: dict[str, torch.Tensor]) -> int:
     """Visual features that the model makes of an image or video."""
-    out = getattr(model.model, INPUTS[kind])(**inputs, return_dict=True).pooler_output
+    seen, *rest = inputs  # the name of the pixels changed between versions of transformers
+    out = getattr(model.model, INPUTS[kind])(
+        inputs[seen], **{k: inputs[k] for k in rest}, return_dict=True
+    ).pooler_output
     return sum(o.shape[0] for o in out) if isinstance(out, list | tuple) else out.shape[:-1].numel()
 
 
@@ -78,7 +81,9 @@ def tiles(model: Any, item: tuple[str, Any], g: torch.Generator) -> Seen:
             "pixel_values": pixels(model, g, 1, 1 + h * w, 3, SIDE, SIDE),
             "image_sizes": torch.tensor([[h * SIDE, w * SIDE]]),
         }
-    return Seen(*run(features(model, kind, inputs), kind), inputs)
+    # Of a video, some versions add OneVision's newline after get_video_features.
+    stack = kind == "video" and model.config.model_type == "llava_onevision"
+    return Seen(*run(size + 1 if stack else features(model, kind, inputs), kind), inputs)
 
 
 def patches(model: Any, item: tuple[str, Any], g: torch.Generator) -> Seen:

@@ -219,7 +219,12 @@ def stand_ins(monkeypatch):
 @torch.no_grad()
 def test_visual_roles_are_the_processors_placeholders(name, stand_ins):
     """Two padded rows with images and videos between words: visual rows are those that the model fills."""
-    processor, text, images, frames = CASES[name]()
+    try:
+        processor, text, images, frames = CASES[name]()
+    except ImportError as error:
+        if "Torchvision" not in str(error):
+            raise
+        pytest.skip(f"transformers {transformers.__version__} has no image processor of {name} without torchvision")
     options = {} if frames is None else {"videos": [np.zeros((frames, 8, 8, 3), dtype=np.uint8)] * 2}
     made = processor(images=images * 2, text=[text, f"{text} abc"], return_tensors="pt", padding=True, **options)
     unused = {"labels", "num_crops", *(() if name in ("PaliGemma", "Gemma 3 (vision)") else ("token_type_ids",))}
