@@ -90,7 +90,7 @@ def test_all_agree_and_have_figures(subject):
 
 def test_compiled_graphs_do_not_mix_contenders(subject):
     """They share code and weights: the graph of one must not serve another (hooks are easily overlooked)."""
-    settings = Settings(5, "static", True, "aot_eager")
+    settings = Settings(5, "static", True, compiler="aot_eager")
     rows = once(subject, choose(["eager", "hooks", "veena", "bias", "veena_logit"], "cpu"), settings)["contenders"]
     assert all(row["status"] == "timed" and row["compiled"] for row in rows)
 

@@ -34,6 +34,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     add("--cache", choices=("static", "dynamic"), help="default: static on a GPU, dynamic on a CPU and if quick")
     compiled = "compile decode steps; needs a static cache (default: on a GPU, unless quick)"
     add("--compile", action=argparse.BooleanOptionalAction, help=compiled)
+    add("--clock", choices=("wall", "cpu"), default="wall", help="cpu: processor time, for a CPU that others use too")
     add("--only", nargs="+", metavar="NAME", help="some contenders (and the untouched model on SDPA)")
     add("--seconds", type=float, help=f"for the timed pairs (default {SECONDS[False]:g}; {SECONDS[True]:g} if quick)")
     add(
@@ -67,13 +68,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if compiled and cache != "static":
         raise ValueError("--compile needs --cache static: a growing cache would be compiled again at every step")
     competing = choose(args.only, torch.device(device).type)
+    if args.clock == "cpu" and on_gpu:
+        raise ValueError("--clock cpu: on a GPU the processor's time is not the model's; leave --clock out")
     tokens = TOKENS[args.quick] if args.new_tokens is None else args.new_tokens
     subject = make(
         model=args.model, config=args.config, batch=args.batch, prompt=args.prompt, device=device, seed=args.seed,
         dtype=None if args.dtype is None else getattr(torch, args.dtype),
     )  # fmt: skip
     record = measure(
-        subject, competing, Settings(tokens, cache, compiled), quick=args.quick, progress=not args.json,
+        subject, competing, Settings(tokens, cache, compiled, args.clock), quick=args.quick, progress=not args.json,
         seconds=SECONDS[args.quick] if args.seconds is None else args.seconds, fewest=PAIRS[args.quick],
         prepare_seconds=args.prepare_seconds,
     )  # fmt: skip

@@ -21,13 +21,19 @@ class Settings:
         tokens: generated tokens, at least 2: the first one is the prefill's.
         cache: ``"dynamic"`` or ``"static"``.
         compiled: decode steps run compiled (static cache only; on a GPU as CUDA graphs).
+        clock: ``"wall"``, or ``"cpu"``: processor time of this process, for a CPU that others use at the same time.
         compiler: what compiles them; another one than Inductor is for tests.
     """
 
     tokens: int
     cache: str = "dynamic"
     compiled: bool = False
+    clock: str = "wall"
     compiler: str = "inductor"
+
+    def now(self) -> float:
+        """Seconds on the clock."""
+        return time.process_time() if self.clock == "cpu" else time.perf_counter()
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments of ``generate``."""
@@ -54,14 +60,14 @@ class Times(NamedTuple):
 class _Watch(LogitsProcessor):
     """Notes when the first logits are there."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, settings: Settings) -> None:
+        self.device, self.settings = device, settings
         self.first: float | None = None
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
         if self.first is None:
             synchronize(self.device)
-            self.first = time.perf_counter()
+            self.first = self.settings.now()
         return scores
 
 
@@ -86,13 +92,13 @@ def synchronize(device: torch.device) -> None:
 def timed(model: nn.Module, inputs: dict[str, Tensor], settings: Settings) -> Times:
     """Generate and take the times."""
     device = inputs["input_ids"].device
-    watch = _Watch(device)
+    watch = _Watch(device, settings)
     options = settings.options()
     synchronize(device)
-    begin = time.perf_counter()
+    begin = settings.now()
     model.generate(**inputs, **options, logits_processor=[watch])  # type: ignore[operator]
     synchronize(device)
-    end = time.perf_counter()
+    end = settings.now()
     assert watch.first is not None
     return Times(watch.first - begin, (end - watch.first) / (settings.tokens - 1), end - begin)
 

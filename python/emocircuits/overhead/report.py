@@ -27,7 +27,8 @@ def table(record: Mapping[str, Any]) -> str:
         f"{record['versions']['transformers']}",
         f"batch {model['batch']}, prompt {model['prompt']} ({model['roles'].get('visual', 0)} visual), "
         f"{settings['tokens']} new tokens, {settings['cache']} cache, decode "
-        f"{'compiled' if settings['compiled'] else 'not compiled'}",
+        f"{'compiled' if settings['compiled'] else 'not compiled'}"
+        + (", processor time" if settings["clock"] == "cpu" else ""),
         f"VEENA's circuit: {model['circuit']}",
         "",
         *aligned([heads, *rows]),
