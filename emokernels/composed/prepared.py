@@ -96,6 +96,9 @@ def _gains(problem: Problem, dst: int, where: step.Where) -> list[tuple[int, int
         return [(start, stop, row[..., src : src + 1].clone()) for src, start, stop in where[1]]
 
 
+_NOTHING = {dtype: torch.zeros(1, 1, 1, dtype=dtype) for dtype in (torch.float32, torch.float64)}
+
+
 def _weighed(
     q: Tensor, k: Tensor, v: Tensor, mask: StepMask | None, scale: float, gains: list[tuple[int, int, Tensor]]
 ) -> Tensor:
@@ -103,7 +106,10 @@ def _weighed(
     batch, heads, _, dim = q.shape
     key_heads, keys = k.shape[1], k.shape[2]
     folded = batch * key_heads
-    s = torch.bmm((q * scale).reshape(folded, -1, dim), k.reshape(folded, keys, dim).mT)
+    # Scaled by the product itself: what it would add is not read.
+    s = torch.baddbmm(
+        _NOTHING[q.dtype], q.reshape(folded, -1, dim), k.reshape(folded, keys, dim).mT, beta=0, alpha=scale
+    )
     if mask is not None:
         s.view(batch, key_heads, -1, keys).add_(mask.values)
     p = torch.softmax(s, -1)
