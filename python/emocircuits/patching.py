@@ -94,7 +94,8 @@ class Patched:
         model = self.model
         if MARK in model.__dict__:
             raise ValueError(
-                "the model is already patched; leave the outer patch() first, or patch once with plan_a + plan_b"
+                "the model is already patched; leave the outer patch() first, or patch once with plan_a + plan_b "
+                "(capture() patches a model with an empty plan: open it inside patch())"
             )
         if isinstance(model, torch._dynamo.OptimizedModule) or model._compiled_call_impl is not None:
             raise ValueError(

@@ -775,6 +775,10 @@ def test_what_cannot_be_read():
         seen["embed"]
     with patch(model, Plan()), pytest.raises(ValueError, match=r"patch\(..., roles=\)"):
         capture(model, "z", token_roles=roles).__enter__()
+    with capture(model, "z"):
+        model(**inputs)
+        with pytest.raises(ValueError, match="open it inside patch"), patch(model, Plan()):
+            pass
     # An interrupted pass leaves nothing.
     stop = model.model.language_model.layers[1].register_forward_hook(lambda *a: 1 / 0)
     with capture(model, "z") as seen:
