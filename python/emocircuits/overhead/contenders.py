@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from emocircuits.edits import ScaleNeurons
 from emocircuits.families import open_model
 from emocircuits.overhead import peers
 from emocircuits.overhead.peers.edits import use_attention
@@ -72,6 +73,7 @@ def contenders(device: str) -> list[Contender]:
         *stock,
         Contender("empty", "ours, empty plan", "ours", "none", _ours(None)),
         Contender("veena", "ours, VEENA", "ours", "veena", _ours("veena")),
+        Contender("veena_fold", "ours, VEENA, neuron gains in the weights", "ours", "veena", _folded),
         Contender("hooks", "VEENA: eager, forward hooks", "peer", "veena", _peer(peers.hooks, "veena")),
         Contender("veena_logit", "ours, VEENA on logits", "ours", "veena_logit", _ours("veena_logit")),
         Contender(
@@ -154,6 +156,18 @@ def _cudnn(model: nn.Module, subject: Subject) -> Iterator[None]:
 
 def _ours(plan: str | None) -> Install:
     return lambda model, subject: patch(model, Plan() if plan is None else subject.plans[plan])
+
+
+@contextlib.contextmanager
+def _folded(model: nn.Module, subject: Subject) -> Iterator[None]:
+    """``patch(fold=True)``, on weights of its own: the others must not see scaled ones."""
+    modules, plan = open_model(model).down_projections, subject.plans["veena"]
+    for layer in {layer for edit in plan if isinstance(edit, ScaleNeurons) for layer, _ in edit.neurons}:
+        weight = modules[layer].weight
+        assert isinstance(weight, Tensor)
+        modules[layer].register_parameter("weight", nn.Parameter(weight.detach().clone(), requires_grad=False))
+    with patch(model, plan, fold=True):
+        yield
 
 
 def _peer(put: Peer, plan: str) -> Install:
