@@ -75,6 +75,7 @@ class Context:
         self.query_roles: Tensor | None = None
         self._selected: Tensor | None = None
         self._kinds: Tensor | None = None
+        self._selected_keys: Tensor | None = None
         self.first = self.seen = 0
         self._count: Tensor | None = None
         self._generated: Tensor | None = None
@@ -132,13 +133,24 @@ class Context:
             self._kinds = torch.cat([kinds, rows[:, kinds.shape[1] :].to(kinds.dtype)], 1)
         return self._kinds
 
-    def select(self, kinds: Tensor | None) -> None:
-        """Take the kinds ``[B, seen]`` of all tokens up to the end of the prompt in progress; None: their roles."""
-        self._selected, self._kinds = kinds, None
+    def select(self, kinds: Tensor | None, keys: Tensor | None = None) -> None:
+        """Take the kinds ``[B, seen]`` of all tokens up to the end of the prompt in progress; None: their roles.
+
+        ``keys`` are those that they have as keys.
+        """
+        self._selected, self._selected_keys, self._kinds = kinds, keys, None
+
+    def key_kinds(self, keys: int) -> Tensor:
+        """Kinds ``[B, keys]`` of the key columns of a prompt, as `key_roles`."""
+        roles = self.key_roles(keys)
+        if self._selected_keys is None:
+            return roles
+        kinds = self._selected_keys[:, max(0, self.seen - keys) :][:, :keys]
+        return torch.cat([kinds, roles[:, kinds.shape[1] :].to(kinds.dtype)], 1)
 
     def reset(self) -> None:
         """Forget the last prompt."""
-        self.columns = self.query_roles = self._cache = self._selected = None
+        self.columns = self.query_roles = self._cache = self._selected = self._selected_keys = None
         self.first = self.seen = 0
         self._counted = False
         self._elsewhere, self._snapshot = {}, None
@@ -401,6 +413,10 @@ class Elsewhere:
         """As `Context.key_roles`."""
         moved: Tensor = self._here(("keys", keys), self._context.key_roles(keys))
         return moved
+
+    def key_kinds(self, keys: int) -> Tensor:
+        """As `Context.key_kinds`."""
+        return self._context.key_kinds(keys).to(self._device)
 
     def _here(self, name: Any, value: Any) -> Any:
         if not isinstance(value, Tensor) or value.device == self._device:

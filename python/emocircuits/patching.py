@@ -320,8 +320,10 @@ class Patched:
         """Compile the plan for a batch of this size, ``expand`` rows for each of the plan's, unless that was done."""
         whole = self.plan.expanded(expand)
         selection = select(whole, self.context.columns.roles[:, : self.context.seen]) if self.context.columns else None
-        self.context.select(None if selection is None else selection.kinds)
-        extra = () if selection is None else selection.extra
+        extra: tuple[Any, ...] = ()
+        if selection is not None:
+            extra = (selection.extra, selection.key_extra)
+        self.context.select(*((None, None) if selection is None else (selection.kinds, selection.keys)))
         key = (self.plan, batch, expand, extra) if self.plan.per_batch() else (self.plan, None, 1, ())
         if self._filled is not None and self._filled == key:
             return
@@ -329,7 +331,7 @@ class Patched:
         layers = self.handle.layers
         # Tables outlive this call; made in inference mode they could not serve a gradient later.
         with torch.inference_mode(False):
-            new = compile_plan(plan.expanded(expand), self.handle.geometry, batch, self._device, self._dtype, extra)
+            new = compile_plan(plan.expanded(expand), self.handle.geometry, batch, self._device, self._dtype, *extra)
             for layer, device in ((layer, device_of(layers[layer])) for layer in new):
                 if device != self._device:
                     new[layer] = moved(new[layer], device)

@@ -84,7 +84,8 @@ class Plan:
     def per_batch(self) -> bool:
         """Whether its tables depend on the batch: edits that name rows or positions, or hold a value for each row."""
         values = (getattr(e, "value", None) for e in self)
-        named = self.batch_rows() is not None or any(e.positions is not None for e in self)
+        fields = ("positions", "source_positions")
+        named = self.batch_rows() is not None or any(getattr(e, f, None) is not None for e in self for f in fields)
         return named or any(v is not None and v.ndim == 4 for v in values)
 
     def expanded(self, times: int) -> Plan:

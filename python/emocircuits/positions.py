@@ -12,12 +12,15 @@ import dataclasses as dc
 import torch
 from torch import Tensor
 
+from emocircuits.edits import Edit
 from emocircuits.plan import Plan
 from emokernels import Role
 
 R = len(Role)
 Kind = tuple[Role, frozenset[tuple[int, ...]]]
 """A role and the ``positions`` of edits that hold a token."""
+Named = tuple[int, Edit, tuple[int, ...]]
+"""The number of an edit in its plan, the edit, and positions that it names."""
 
 
 @dc.dataclass(frozen=True)
@@ -27,10 +30,13 @@ class Selection:
     Attributes:
         kinds: ``[B, columns]`` int16: roles, and R + i for tokens of the i-th extra kind of their row of the tables.
         extra: the extra kinds of every row of the tables: one row, or one for each of the batch.
+        keys, key_extra: the same of the tokens that routes name as keys; None and empty where none are named.
     """
 
     kinds: Tensor
     extra: tuple[tuple[Kind, ...], ...]
+    keys: Tensor | None
+    key_extra: tuple[tuple[Kind, ...], ...]
 
 
 def select(plan: Plan, roles: Tensor) -> Selection | None:
@@ -43,27 +49,38 @@ def select(plan: Plan, roles: Tensor) -> Selection | None:
     Raises:
         ValueError: a prompt is shorter than a position.
     """
-    edits = [(i, edit) for i, edit in enumerate(plan) if edit.positions is not None]
-    if not edits:
+    rows, keys = _named(plan, "positions"), _named(plan, "source_positions")
+    if not rows and not keys:
         return None
+    kinds, extra = _kinds(plan, rows, roles)
+    of_keys, key_extra = _kinds(plan, keys, roles) if keys else (None, ())
+    return Selection(kinds, extra, of_keys, key_extra)
+
+
+def _named(plan: Plan, field: str) -> list[Named]:
+    edits = ((i, edit, getattr(edit, field, None)) for i, edit in enumerate(plan))
+    return [(i, edit, positions) for i, edit, positions in edits if positions is not None]
+
+
+def _kinds(plan: Plan, named: list[Named], roles: Tensor) -> tuple[Tensor, tuple[tuple[Kind, ...], ...]]:
     shared = plan.batch_rows() is None
     kinds = roles.to(torch.int16)
     numbers: list[dict[Kind, int]] = [{} for _ in range(1 if shared else roles.shape[0])]
     for row, of_row in enumerate(roles.tolist()):
         columns = [c for c, role in enumerate(of_row) if role != Role.PAD]
         held: dict[int, set[tuple[int, ...]]] = {}
-        for i, edit in edits:
+        for i, edit, positions in named:
             if edit.rows is not None and row not in edit.rows:
                 continue
-            for position in edit.positions or ():
+            for position in positions:
                 if not -len(columns) <= position < len(columns):
                     raise ValueError(
                         f"edit {i} ({type(edit).__name__}) names position {position}, but the prompt of batch row "
                         f"{row} has {len(columns)} tokens; name positions that all prompts have, or the rows that do"
                     )
-                held.setdefault(columns[position], set()).add(tuple(edit.positions or ()))
+                held.setdefault(columns[position], set()).add(positions)
         mine = numbers[0 if shared else row]
         for column, groups in sorted(held.items()):
             kind = (Role(of_row[column]), frozenset(groups))
             kinds[row, column] = R + mine.setdefault(kind, len(mine))
-    return Selection(kinds, tuple(tuple(mine) for mine in numbers))
+    return kinds, tuple(tuple(mine) for mine in numbers)

@@ -24,6 +24,7 @@ from emocircuits.plan import Plan
 from emocircuits.tables import LayerTables
 from emocircuits.tables.gates import Attention, RouteGate, gated
 from emocircuits.tables.reroute import reroute
+from emocircuits.tables.space import by_row
 from emocircuits.undo import Changes
 from emokernels import Routes
 from emokernels.attention import prepare_step
@@ -147,6 +148,8 @@ class AttentionSite:
             )
             self.prepared = (tables, context.prompt, step)
         selected = tables.selected if tables is not None and context.prefill else {}
+        if routes is not None and tables is not None and tables.slots is not None and context.prefill:
+            roles, routes = by_row(tables.slots, context.key_kinds(key.shape[2])), tables.keyed
         z = run_attention(
             query, key, value, backend=self.state.backend, mask=mask, roles=roles, query_roles=context.rows,
             routes=routes, heads=None if selected else heads, causal=causal, scale=scaling, softcap=softcap,
@@ -202,7 +205,7 @@ def install_tap(layer: int, handle: Handle, state: State, changes: Changes) -> N
     ) -> None:
         context, tables = state.context.at(query.device), state.tables.get(layer)
         edited = tables is not None and not context.phases.isdisjoint(tables.attention_phases)
-        if edited and context.prefill and tables is not None and tables.selected:
+        if edited and context.prefill and tables is not None and (tables.selected or tables.slots is not None):
             raise NotImplementedError(
                 f"attention of layer {layer} cannot be read: the plan boosts routes to single positions there; "
                 "read it with a plan without them"

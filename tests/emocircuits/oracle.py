@@ -58,7 +58,7 @@ def _attention(module, query, key, value, attention_mask, scaling=None, softcap=
                     continue
                 for i in range(n):
                     for j in range(n):
-                        if not oracle_edits.applies(edit, roles, row, i) or roles[row][j] not in edit.source:
+                        if not oracle_edits.reads(edit, roles, row, i, j):
                             continue
                         if edit.reading == "weight":
                             gain[i, j] *= edit.by
@@ -73,7 +73,7 @@ def _attention(module, query, key, value, attention_mask, scaling=None, softcap=
                     continue
                 hit = torch.tensor(
                     [
-                        [oracle_edits.applies(edit, roles, row, i) and roles[row][j] in edit.source for j in range(n)]
+                        [oracle_edits.reads(edit, roles, row, i, j) for j in range(n)]
                         for i in range(n)
                     ]
                 )

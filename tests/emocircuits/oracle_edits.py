@@ -14,11 +14,24 @@ def applies(edit, roles, row: int, column: int) -> bool:
         return False
     if edit.phase == "decode" and role != "generated":
         return False
-    if edit.positions is not None:
-        tokens = [c for c, other in enumerate(roles[row]) if other not in ("pad", "generated")]
-        if column not in tokens or not {tokens.index(column), tokens.index(column) - len(tokens)} & set(edit.positions):
-            return False
+    if edit.positions is not None and not at_position(edit.positions, roles[row], column):
+        return False
     return edit.to is None or role in edit.to
+
+
+def at_position(positions, roles, column: int) -> bool:
+    """Whether the token in this column is the prompt's token of one of these numbers."""
+    tokens = [c for c, other in enumerate(roles) if other not in ("pad", "generated")]
+    return column in tokens and bool({tokens.index(column), tokens.index(column) - len(tokens)} & set(positions))
+
+
+def reads(edit, roles, row: int, i: int, j: int) -> bool:
+    """Whether a BoostRoute changes what row i reads from key j."""
+    if not applies(edit, roles, row, i) or roles[row][j] not in edit.source:
+        return False
+    if edit.source_positions is None:
+        return True
+    return roles[row][i] != "generated" and at_position(edit.source_positions, roles[row], j)
 
 
 def tokens(edit, roles):

@@ -27,6 +27,8 @@ SITES = ("resid_pre", "resid_post", "attn_out", "mlp_out")
 def random_plan(geometry, seed=0, visual=True, rows=None, neurons=None, cache=True):
     """Every kind of edit, reading and site, on random heads, neurons and layers of a model.
 
+    But not ``source_positions``: so many routes at once tell more kinds of keys apart than a kernel can.
+
     Args:
         geometry: the model's ``emocircuits.families.Geometry``.
         visual: whether the prompts have visual tokens.

@@ -122,6 +122,24 @@ ALONE = {
         BoostRoute([(0, 1)], to=["query", "generated"], source="visual", by=1.5),
         ScaleHead([(0, 1)], by=2.0),
     ],
+    "routes from positions": lambda: [
+        BoostRoute([(0, 1), (1, 2)], source=None, by=4.0, source_positions=[0, -2]),
+        BoostRoute([(0, 1)], to=["last", "generated"], source="visual", by=0.3, source_positions=range(6, 10)),
+        BoostRoute([(0, 1)], source=["visual", "query"], by=1.5, reading="logit-scale"),
+        BoostRoute([(0, 1)], to="generated", source=["visual", "query"], by=2.0),
+        ScaleHead([(0, 1)], by=2.0),
+    ],
+    "knock out what one token reads from another": lambda: [
+        BoostRoute(
+            [(0, h) for h in range(4)],
+            by=0.0,
+            reading="logit-add",
+            positions=[-1],
+            source=None,
+            source_positions=[-2, -3],
+        ),
+        BoostRoute([(0, 1)], by=3.0, positions=[-2], source=None, source_positions=[-3, 2]),
+    ],
     "more kinds of row than a kernel tells apart": lambda: [
         BoostRoute([(1, 0), (2, 1)], source="visual", by=1.0 + i / 3, positions=[i + 1 - 11, -1]) for i in range(9)
     ],
@@ -167,6 +185,10 @@ def test_values_follow_their_neurons():
         (lambda: ScaleHead([(0, 0)], positions=[1, 1]), "distinct token numbers"),
         (lambda: ScaleHead([(0, 0)], positions="last"), "token numbers"),
         (lambda: ScaleHead([(0, 0)], positions=[1], phase="decode"), "drop phase"),
+        (lambda: BoostRoute([(0, 0)], source_positions=[1], phase="decode"), "drop phase"),
+        (lambda: BoostRoute([(0, 0)], source_positions=[1], to="generated"), "rows of a prompt only"),
+        (lambda: BoostRoute([(0, 0)], source_positions=[]), "source_positions.*distinct token numbers"),
+        (lambda: BoostRoute([(0, 0)], source=None), "source is None"),
         (lambda: AddVector([0], torch.ones(4), relative=1), "True or False"),
         (lambda: AddVector([0, 1], torch.tensor([[1.0], [0.0]]), relative=True), "no direction"),
         (lambda: ProjectOut([0], torch.zeros(4)), "no direction"),
@@ -395,9 +417,50 @@ def test_beams_of_rows_with_different_positions(model):
         assert not torch.equal(alone, model.generate(**row, **options)[:, -4:])
 
 
+def test_more_kinds_of_key_than_a_kernel_tells_apart(model):
+    several = [BoostRoute([(1, 0)], source=None, by=2.0 + i, source_positions=[i]) for i in range(7)]
+    with pytest.raises(NotImplementedError, match="layer 1 tell more than 6 kinds"), patch(model, Plan(several)):
+        model(**batch(model))
+    check(model, batch(model), Plan(several[:5]))
+
+
+def test_rows_with_different_source_positions(model):
+    rows = [models.prompt(model, 3, 5), models.prompt(model, 1, 9, seed=1), models.prompt(model, 2, 2, seed=2)]
+    plans = [
+        Plan([BoostRoute([(1, 0)], source=None, by=3.0 + i + j, source_positions=[i + j]) for j in range(4)])
+        for i in range(3)
+    ]
+    check(model, models.batch(rows), Plan.per_row(plans))
+
+
+def test_source_positions_of_a_chat_and_without_a_cache():
+    model = models.build("llava", "mistral", torch.float64, sliding_window=14)
+    plan = Plan([BoostRoute([(0, 1), (1, 1)], source=None, by=5.0, source_positions=[9, 12, -1])])
+    inputs = models.prompt(model, 3, 9)
+    n = inputs["input_ids"].shape[1]
+    with patch(model, plan):
+        tokens, logits = generate(model, inputs)
+        again, without = generate(model, inputs, use_cache=False)
+        assert torch.equal(tokens, again)
+        torch.testing.assert_close(logits, without, rtol=1e-9, atol=1e-9)
+    # The second prompt sees keys 9 and 12 in the cache; the first one has no other token at their positions.
+    with patch(model, Plan([BoostRoute([(1, 1)], source=None, by=5.0, source_positions=[16, n - 1])])) as patched:
+        whole = model(**inputs).logits
+        patched.replace(Plan())
+        first = model(input_ids=inputs["input_ids"][:, : n - 3], pixel_values=inputs["pixel_values"], use_cache=True)
+        patched.replace(Plan([BoostRoute([(1, 1)], source=None, by=5.0, source_positions=[16, n - 1])]))
+        rest = model(input_ids=inputs["input_ids"][:, n - 3 :], past_key_values=first.past_key_values).logits
+    plain = model(**inputs).logits
+    assert (whole - plain)[:, n - 3 :].abs().max() > 1e-3
+    assert (rest - plain[:, n - 3 :]).abs().max() > 1e-3
+
+
 def test_attention_of_single_positions_cannot_be_read(model):
     inputs = models.prompt(model, 3, 5)
     plan = Plan([BoostRoute([(1, 0)], source="visual", by=2.0, positions=[-1])])
+    with pytest.raises(NotImplementedError, match="attention of layer 1 cannot be read"):
+        attention_weights(model, inputs, plan)
+    plan = Plan([BoostRoute([(1, 0)], source=None, by=2.0, source_positions=[-1])])
     with pytest.raises(NotImplementedError, match="attention of layer 1 cannot be read"):
         attention_weights(model, inputs, plan)
     attention_weights(model, inputs, Plan([AddVector([1], vector(32), positions=[-1])]))

@@ -49,7 +49,7 @@ class Edit:
                 raise ValueError(f"rows={self.rows!r}: expected batch rows counted from 0 (or None for all of them)")
             object.__setattr__(self, "rows", rows)
         if self.positions is not None:
-            object.__setattr__(self, "positions", _positions(self.positions))
+            object.__setattr__(self, "positions", token_numbers("positions", self.positions))
             if self.phase == "decode":
                 raise ValueError("positions are those of prompt tokens, which decode does not run; drop phase='decode'")
         if not self.destinations():
@@ -92,13 +92,14 @@ class Edit:
         return {"edit": type(self).__name__, **plain}
 
 
-def _positions(value: int | Iterable[int]) -> tuple[int, ...]:
+def token_numbers(name: str, value: int | Iterable[int]) -> tuple[int, ...]:
+    """Distinct positions of tokens, in the order given."""
     try:
         positions = tuple(int(v) for v in ([value] if isinstance(value, int) else value))
     except (TypeError, ValueError):
-        raise TypeError(f"positions={value!r}: expected token numbers such as [0, 5, -1]") from None
+        raise TypeError(f"{name}={value!r}: expected token numbers such as [0, 5, -1]") from None
     if not positions or len(set(positions)) != len(positions):
-        raise ValueError(f"positions={value!r}: expected one or more distinct token numbers (or None for every token)")
+        raise ValueError(f"{name}={value!r}: expected one or more distinct token numbers (or None for every token)")
     return positions
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from emocircuits.edits.arrays import FrozenArray, number
-from emocircuits.edits.base import ATTENTION, ROLE_NAMES, Edit, check_length, role_names
+from emocircuits.edits.base import ATTENTION, ROLE_NAMES, Edit, check_length, role_names, token_numbers
 from emokernels import Role
 
 if TYPE_CHECKING:
@@ -62,13 +62,24 @@ class BoostRoute(HeadEdit):
             ``"logit-add"`` logits plus ln(``by``): multiply and renormalise (>= 0; 0 knocks the route out);
             ``"logit-scale"`` logits times ``by``;
             ``"logit-abs"`` logits plus ``by`` * abs(logits) (PAI; 0 changes nothing).
+        source_positions: keys have one of the roles AND one of these positions, counted as ``positions`` are; with
+            them ``source=None`` means any role. Rows of a prompt change only.
     """
 
     source: Sequence[str] = ("visual",)
     by: float = 1.0
     reading: Reading = "weight"
+    source_positions: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
+        if self.source_positions is not None:
+            numbers = token_numbers("source_positions", self.source_positions)
+            object.__setattr__(self, "source_positions", numbers)
+            if self.phase == "decode" or role_names("to", self.to) == ("generated",):
+                raise ValueError(
+                    "source_positions change rows of a prompt only: name its roles in to, and drop phase='decode'"
+                )
+            object.__setattr__(self, "source", ROLE_NAMES if self.source is None else self.source)
         super().__post_init__()
         if self.source is None:
             raise ValueError(f"source is None: expected one or more of {', '.join(ROLE_NAMES)}")
@@ -78,9 +89,15 @@ class BoostRoute(HeadEdit):
         low = 0.0 if self.reading in ("weight", "logit-add") else None
         object.__setattr__(self, "by", number("by", self.by, minimum=low))
 
+    def destinations(self) -> tuple[Role, ...]:
+        """The roles whose rows this edit changes, after ``phase``; with ``source_positions`` only those of a prompt."""
+        roles = super().destinations()
+        return roles if self.source_positions is None else tuple(r for r in roles if r != Role.GENERATED)
+
     def roles_used(self) -> set[Role]:
         """Roles of rows and keys that the edit names."""
-        return super().roles_used() | {Role[n.upper()] for n in self.source}
+        sources = set() if self.source == ROLE_NAMES else {Role[n.upper()] for n in self.source}
+        return super().roles_used() | sources
 
 
 @dc.dataclass(frozen=True)

@@ -15,17 +15,36 @@ from emokernels import HeadEdits, Role, Routes
 IDENTITY = {"gain": 1.0, "scale": 1.0, "abs": 0.0, "bias": 0.0}
 
 
+@dc.dataclass(frozen=True)
+class RouteTables:
+    """The routes of one layer; ``by_role [B|1, H, R, R]`` are all there is where no edit names positions.
+
+    Attributes:
+        selected: of tokens that edits name by position, R kinds each by the first of them (:mod:`.reroute`).
+        slots: ``[B|1, key kinds]`` uint8, where edits name keys by position: what stands for the role of a key in a
+            prompt, in ``keyed [B|1, H, R, R]`` in place of ``by_role``, and in ``selected``.
+        active: phases in which anything changes.
+    """
+
+    by_role: Routes | None = None
+    selected: dict[str, Routes] = dc.field(default_factory=dict)
+    slots: Tensor | None = None
+    keyed: Routes | None = None
+    active: frozenset[str] = frozenset()
+
+
 class RouteBuilder:
     """Accumulates the routes of one layer."""
 
     def __init__(self, space: Space) -> None:
         self.space = space
         self.fields: dict[str, Tensor] = {}
-        self.selects = False
+        self.selects = self.selects_keys = False
 
     def add(self, edit: BoostRoute, layer: int) -> None:
         """Take in the heads of ``layer``."""
         self.selects |= edit.positions is not None
+        self.selects_keys |= edit.source_positions is not None
         field, value = {
             "weight": ("gain", edit.by),
             "logit-scale": ("scale", edit.by),
@@ -33,24 +52,65 @@ class RouteBuilder:
             "logit-add": ("bias", math.log(edit.by) if edit.by > 0 else -math.inf),
         }[edit.reading]
         if field not in self.fields:
-            self.fields[field] = self.space.full((self.space.geometry.heads, R), IDENTITY[field])
+            shape = (self.space.geometry.heads, self.space.key_kinds)
+            self.fields[field] = self.space.full(shape, IDENTITY[field])
         table, device = self.fields[field], self.space.device
-        rows, dst = (index[:, None, None] for index in self.space.selection(edit))
         heads = torch.tensor([head for at, head in edit.heads if at == layer], device=device)[:, None]
-        at = (rows, dst, heads, torch.tensor([int(Role[name.upper()]) for name in edit.source], device=device))
-        table[at] = table[at] * value if IDENTITY[field] == 1.0 else table[at] + value
+        rows, dst = self.space.selection(edit)
+        for row in rows.unique().tolist():
+            keys = torch.tensor(self._keys(edit, row), device=device, dtype=torch.int64)
+            at = (row, dst[rows == row][:, None, None], heads, keys)
+            table[at] = table[at] * value if IDENTITY[field] == 1.0 else table[at] + value
 
-    def build(self) -> tuple[Routes | None, dict[str, Routes], frozenset[str]]:
-        """Routes ``[B|1, H, R, R]`` by role, those of extra kinds if they differ, and the phases that are active."""
+    def _keys(self, edit: BoostRoute, row: int) -> list[int]:
+        """Kinds of the keys that an edit names, in one row of the tables."""
+        roles, wanted = {Role[name.upper()] for name in edit.source}, edit.source_positions
+        extra = self.space.key_extra[row] if self.space.key_extra else ()
+        found = [R + i for i, (role, held) in enumerate(extra) if role in roles and (wanted is None or wanted in held)]
+        return found if wanted is not None else [*(int(role) for role in roles), *found]
+
+    def build(self, layer: int) -> RouteTables:
+        """The routes of the layer.
+
+        Raises:
+            NotImplementedError: keys that are named by position are of more kinds than a kernel tells apart.
+        """
         if not self.fields:
-            return None, {}, frozenset()
+            return RouteTables()
         active = frozenset().union(*(phases(table != IDENTITY[name]) for name, table in self.fields.items()))
+        by_role = self._routes(0, {name: table[..., :R] for name, table in self.fields.items()})
+        fields, slots, keyed = self.fields, None, None
+        if self.selects_keys:
+            slots, fields = self._merge(layer)
+            keyed = self._routes(0, fields)
+        fields = {name: table[..., :R] for name, table in fields.items()}
         starts = range(R, self.space.kinds, R) if self.selects else ()
-        return self._routes(0), {str(start): self._routes(start) for start in starts}, active
+        return RouteTables(by_role, {str(start): self._routes(start, fields) for start in starts}, slots, keyed, active)
 
-    def _routes(self, start: int) -> Routes:
+    def _merge(self, layer: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Slots ``[rows, key kinds]``, and tables with a column for every slot: kinds treated alike share one."""
+        space = self.space
+        slots = torch.zeros(space.rows, space.key_kinds, dtype=torch.uint8)
+        merged = {name: space.full((space.geometry.heads, R), IDENTITY[name]) for name in self.fields}
+        for row in range(space.rows):
+            columns: dict[bytes, int] = {}
+            for kind in range(R + len(space.key_extra[row])):
+                parts = {name: table[row, ..., kind] for name, table in self.fields.items()}
+                content = b"".join(part.cpu().numpy().tobytes() for part in parts.values())
+                slot = columns.setdefault(content, len(columns))
+                if slot >= R:
+                    raise NotImplementedError(
+                        f"routes of layer {layer} tell more than {R} kinds of keys apart; name fewer source_positions "
+                        "that differ in what is done to them"
+                    )
+                slots[row, kind] = slot
+                for name, part in parts.items():
+                    merged[name][row, ..., slot] = part
+        return slots.to(space.device), merged
+
+    def _routes(self, start: int, fields: dict[str, Tensor]) -> Routes:
         part = {}
-        for name, table in self.fields.items():
+        for name, table in fields.items():
             rows = table[:, start : start + R].movedim(2, 1)
             # The last part may have fewer kinds; no token has the others.
             part[name] = torch.nn.functional.pad(rows, (0, 0, 0, R - rows.shape[2])).contiguous()

@@ -38,12 +38,13 @@ def compile_plan(
     device: torch.device,
     dtype: torch.dtype,
     extra: tuple[tuple[Kind, ...], ...] = (),
+    key_extra: tuple[tuple[Kind, ...], ...] = (),
 ) -> dict[int, LayerTables]:
     """Compile ``plan`` for a batch of ``batch`` rows: tables by layer, only for layers that change.
 
     Tables have one row when no edit names batch rows, else ``batch`` rows. Route and factor tables are float32
-    (float64 for a float64 model); values and vectors have ``dtype``. ``extra`` are the kinds of tokens that edits name
-    by position (:func:`emocircuits.positions.select`).
+    (float64 for a float64 model); values and vectors have ``dtype``. ``extra`` and ``key_extra`` are the kinds of
+    tokens that edits name by position (:func:`emocircuits.positions.select`).
 
     Raises:
         ValueError: the plan names a batch row that the batch does not have.
@@ -51,12 +52,12 @@ def compile_plan(
     needed = plan.batch_rows()
     if needed is not None and needed > batch:
         raise ValueError(f"the plan names batch row {needed - 1}, but the batch has {batch} rows (0 to {batch - 1})")
-    space = Space(geometry, 1 if needed is None else batch, batch, device, dtype, extra)
+    space = Space(geometry, 1 if needed is None else batch, batch, device, dtype, extra, key_extra)
     layers: dict[int, _LayerBuilder] = {}
     for edit in plan:
         for layer in sorted(edit.layers_used()):
             layers.setdefault(layer, _LayerBuilder(space)).add(edit, layer)
-    return {layer: layers[layer].build() for layer in sorted(layers)}
+    return {layer: layers[layer].build(layer) for layer in sorted(layers)}
 
 
 class _LayerBuilder:
@@ -84,19 +85,21 @@ class _LayerBuilder:
         else:
             raise TypeError(f"{type(edit).__name__} has no table")
 
-    def build(self) -> LayerTables:
-        routes, selected, route_phases = self.routes.build()
+    def build(self, layer: int) -> LayerTables:
+        routes = self.routes.build(layer)
         heads, head_phases = self.heads.build()
         neurons, neuron_phases = self.neurons.build()
         vectors = {site: builder.build() for site, builder in self.vectors.items()}
         return LayerTables(
-            routes=routes,
-            selected=selected,
+            routes=routes.by_role,
+            selected=routes.selected,
+            slots=routes.slots,
+            keyed=routes.keyed,
             heads=heads,
             gates=self.gates,
             neurons=neurons,
             vectors={site: table for site, (table, _) in vectors.items()},
-            attention_phases=route_phases.union(head_phases, *(gate.active for gate in self.gates.values())),
+            attention_phases=routes.active.union(head_phases, *(gate.active for gate in self.gates.values())),
             neuron_phases=neuron_phases,
             vector_phases={site: active for site, (_, active) in vectors.items()},
         )

@@ -21,6 +21,9 @@ class LayerTables:
     routes: Routes | None = None
     selected: dict[str, Routes] = dc.field(default_factory=dict)
     """Routes of tokens that edits name by position, by their first kind; see `tables.reroute`."""
+    slots: Tensor | None = None
+    keyed: Routes | None = None
+    """Where edits name keys by position, routes of a prompt; see `RouteTables`."""
     heads: HeadTable | None = None
     gates: dict[str, Gate] = dc.field(default_factory=dict)
     neurons: NeuronTable | None = None

@@ -29,6 +29,7 @@ class Space:
         rows: 1, or the batch when the plan names batch rows.
         dtype: of values and vectors; factors and routes are float32 (float64 for a float64 model).
         extra: the kinds after the roles, for every row of the tables.
+        key_extra: the same of keys.
     """
 
     geometry: Geometry
@@ -37,6 +38,7 @@ class Space:
     device: torch.device
     dtype: torch.dtype
     extra: tuple[tuple[Kind, ...], ...] = ()
+    key_extra: tuple[tuple[Kind, ...], ...] = ()
 
     @property
     def exact(self) -> torch.dtype:
@@ -46,8 +48,12 @@ class Space:
     @property
     def kinds(self) -> int:
         """Kinds of token that tables tell apart."""
-        most = max((len(kinds) for kinds in self.extra), default=0)
-        return R + -(-most // STEP) * STEP
+        return _count(self.extra)
+
+    @property
+    def key_kinds(self) -> int:
+        """Kinds of key that tables of routes tell apart."""
+        return _count(self.key_extra)
 
     def full(self, shape: tuple[int, ...], value: float, dtype: torch.dtype | None = None) -> Tensor:
         """A table ``[rows, kinds, *shape]`` filled with ``value``."""
@@ -65,6 +71,11 @@ class Space:
                     pairs.append((row, R + i))
         index = torch.tensor(pairs, device=self.device, dtype=torch.int64).reshape(-1, 2).T
         return index[0], index[1]
+
+
+def _count(extra: tuple[tuple[Kind, ...], ...]) -> int:
+    most = max((len(kinds) for kinds in extra), default=0)
+    return R + -(-most // STEP) * STEP
 
 
 def by_row(table: Tensor, kinds: Tensor) -> Tensor:
