@@ -381,6 +381,10 @@ class Context:
         return self._keys[keys]
 
     # -- other views of it -------------------------------------------------------------------------------------------
+    def look_from(self, devices: set[torch.device]) -> None:
+        """The layers of the model are on these devices."""
+        self.spread = self.columns is not None and devices != {self.columns.roles.device}
+
     def at(self, device: torch.device) -> Context:
         """The context as a layer on ``device`` sees it."""
         if not self.spread or self.columns is None or device == self.columns.roles.device:

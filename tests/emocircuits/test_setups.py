@@ -9,7 +9,7 @@ import torch
 from test_errors import refused
 from test_patching import everything, forward, generate, snapshot
 from torch import nn
-from transformers import DynamicCache, LogitsProcessor
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, LogitsProcessor
 
 from emocircuits import AddVector, BoostRoute, Plan, ScaleHead, ScaleNeurons, patch
 from emocircuits.fingerprint import fingerprint
@@ -153,6 +153,22 @@ def test_a_layer_on_another_device_sees_the_same_roles():
     assert tables["b"].scale.is_meta
 
 
+def test_roles_are_moved_only_when_layers_are_elsewhere(monkeypatch):
+    from emocircuits import patching
+
+    model = models.build("llava", dtype=torch.float64)
+    inputs, plan = models.prompt(model, 3, 5), Plan([ScaleHead([(0, 0)], by=0.0, to="query")])
+    with patch(model, plan) as patched:
+        expected = forward(model, inputs)
+        assert not patched.context.spread
+    last, where = model.model.language_model.layers[2], patching.device_of
+    monkeypatch.setattr(patching, "device_of", lambda m: torch.device("meta") if m is last else where(m))
+    with patch(model, plan) as patched:
+        assert torch.equal(forward(model, inputs), expected)
+        assert patched.context.spread
+        assert patched.context.at(torch.device("meta")).rows.is_meta
+
+
 class Quantised(nn.Linear):
     """As bitsandbytes replaces a linear layer: integer weights, a scale for each row, a forward of its own."""
 
@@ -256,6 +272,23 @@ def test_dropout_of_every_kind_is_refused_in_training():
         model.model.layers[2].post_attention_layernorm, nn.Dropout(0.2)
     )
     refused(model.train(), NotImplementedError, r"p=0.2 in layers.2", plan, lambda m: m(**inputs))
+
+
+@pytest.mark.parametrize("kind", ["resid_pdrop", "embd_pdrop", "attn_pdrop", None])
+def test_dropout_of_older_layouts(kind):
+    """GPT-2 keeps its dropouts as modules: of the embeddings, after attention and MLP, and in attention."""
+    rates = {name: 0.1 if name == kind else 0.0 for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
+    config = GPT2Config(n_layer=2, n_head=2, n_embd=8, vocab_size=16, bos_token_id=1, eos_token_id=2, **rates)
+    model, inputs = GPT2LMHeadModel(config), {"input_ids": torch.tensor([[3, 4, 5]])}
+    plan = Plan([ScaleNeurons({1: [3]}, by=2.0)])
+    with patch(model.eval(), plan):
+        model(**inputs)
+    model.train()
+    if kind is None:
+        with patch(model, plan):
+            model(**inputs)
+    else:
+        refused(model, NotImplementedError, r"0.1 in .*model.eval", plan, lambda m: m(**inputs))
 
 
 # -- refused ---------------------------------------------------------------------------------------------------------
