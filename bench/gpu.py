@@ -91,6 +91,7 @@ def run_overhead(
 
         record = json.loads(done.stdout)
         print(report.table(record))
+        code = max(code, *(one["kind"] == "ours" and one["status"] == "failed" for one in record["contenders"]))
         write_json(results / f"overhead-{slug(shape)}-{slug(name)}.json", record)
     return code
 

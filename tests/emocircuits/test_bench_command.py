@@ -76,7 +76,7 @@ def test_a_copy_shares_weights_and_nothing_else(subject):
 def test_all_agree_and_have_figures(subject):
     record = once(subject, choose(EAGER_ONLY, "cpu"))
     rows = {row["name"]: row for row in record["contenders"]}
-    assert {row["status"] for row in rows.values()} == {"timed"}
+    assert [(name, row["reason"]) for name, row in rows.items() if row["status"] != "timed"] == []
     assert len(record["agreement"]) == 6
     for found in record["agreement"]:
         assert found["error"] <= found["allowed"] < found["effect"] or found["effect"] == 0

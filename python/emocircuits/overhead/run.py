@@ -26,8 +26,6 @@ SCHEMA = "emocircuits/overhead"
 VERSION = 1
 CHECKED = 4
 """Generated tokens that contenders are compared on, the prefill's among them."""
-WARMUP = 2
-"""Generations before the first that is timed, after those that were compared."""
 FEWEST, MOST = 3, 61
 """Pairs of a contender with the untouched model."""
 RECOMPILES = 256
@@ -192,7 +190,7 @@ def _ready(subject: Subject, entry: _Entry, tokens: Tensor) -> Tensor:
     # Of the same length as the timed generations, so that the same graphs serve; the rest of the text is the last word.
     text = torch.cat([tokens, tokens[:, -1:].expand(-1, entry.settings.tokens - tokens.shape[1])], 1)
     found = logits(model, subject.inputs, entry.settings, text)[:, : tokens.shape[1]]
-    for _ in range(WARMUP - 1):
+    if entry.settings.compiled:  # graphs are recorded in the second run at the latest
         timed(model, subject.inputs, entry.settings)
     if device.type != "cuda":
         before = memory.used(device)
@@ -200,7 +198,7 @@ def _ready(subject: Subject, entry: _Entry, tokens: Tensor) -> Tensor:
     if before is not None and peak is not None:
         entry.memory = max(0, peak - before)
     if not bool(torch.isfinite(found).all()):
-        raise agreement.Disagreement(f"{entry.contender.title}: its logits are not finite; nothing was timed")
+        raise ArithmeticError("its logits are not finite")
     return found
 
 
