@@ -1,5 +1,6 @@
 """Every edit, alone and all together, against plain loops in float64: padded batches, prefill and decode."""
 
+import copy
 import dataclasses as dc
 
 import models
@@ -464,3 +465,19 @@ def test_attention_of_single_positions_cannot_be_read(model):
     with pytest.raises(NotImplementedError, match="attention of layer 1 cannot be read"):
         attention_weights(model, inputs, plan)
     attention_weights(model, inputs, Plan([AddVector([1], vector(32), positions=[-1])]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_low_precision_stays_within_twice_the_plain_error(model, dtype):
+    low = copy.deepcopy(model).to(dtype)
+    rounded = copy.deepcopy(low).double()
+    inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch(model).items()}
+    exact = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+
+    def error(plan):
+        with patch(low, plan):
+            tokens, steps = generate(low, inputs)
+        expected = oracle.logits(rounded, exact, plan, tokens[:, :-1])[:, inputs["input_ids"].shape[1] - 1 :]
+        return (steps.double() - expected).abs().max()
+
+    assert error(random_plan(open_model(model).geometry)) <= 2 * error(Plan())
