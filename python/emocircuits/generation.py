@@ -84,10 +84,12 @@ def generate(
         NotImplementedError: a way of generating that a plan cannot follow; the message names the argument.
         ValueError: attention weights are asked for.
     """
-    bound = inspect.signature(original).bind(*args, **kwargs).arguments
-    given = {**{k: v for k, v in bound.items() if k != "kwargs"}, **bound.get("kwargs", {})}
+    # Of the class: what stands on the model object may take anything.
+    bound = dict(inspect.signature(type(model).generate).bind(model, *args, **kwargs).arguments)
+    more = bound.pop("kwargs", {})
+    given = {**bound, **more}
     # As generate() itself does it: arguments over the given config over the model's own.
-    config, _ = model._prepare_generation_config(given.get("generation_config"), **bound.get("kwargs", {}))
+    config, _ = model._prepare_generation_config(given.get("generation_config"), **more)
     expand = _check(model, config, given)
     prompt = given.get("input_ids")
     if prompt is None:
