@@ -131,7 +131,7 @@ def test_a_compiled_step_equals_the_oracle(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["Qwen3-VL", "PaliGemma 2"])
+@pytest.mark.parametrize("name", NO_STATIC)
 def test_a_compiled_step_on_a_dynamic_cache_equals_the_oracle(name):
     harness.check(name, harness.RUNS[3:], seed=1)
 
