@@ -65,3 +65,37 @@ def interval(sums: np.ndarray, sizes: np.ndarray, *, seed: int = 0, resamples: i
         n_resamples=resamples, rng=np.random.default_rng(seed),
     )  # fmt: skip
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
+
+
+def intervals(
+    sums: np.ndarray, sizes: np.ndarray, *, seed: int = 0, resamples: int = 2000
+) -> tuple[np.ndarray, np.ndarray]:
+    """As :func:`interval`, for many ratios over the same groups at once.
+
+    Args:
+        sums: ``[n, ...]`` numerators of each group.
+        sizes: ``[n]`` denominators, shared by all ratios.
+        seed: of the bootstrap; all ratios are computed on the same resamples.
+        resamples: of the bootstrap.
+
+    Returns:
+        Lower and upper 95 % percentile bounds, each ``[...]``.
+
+    Raises:
+        ValueError: fewer than two groups, or lengths differ.
+    """
+    n = len(sizes)
+    if n < 2 or len(sums) != n:
+        raise ValueError(f"sums and sizes have lengths {len(sums)} and {n}: expected equal and at least 2")
+    drawn = np.random.default_rng(seed).integers(n, size=(resamples, n))
+    counts = np.zeros((resamples, n))
+    np.add.at(counts, (np.arange(resamples)[:, None], drawn), 1.0)
+    below = (counts @ sizes)[:, None]
+    flat = np.asarray(sums, float).reshape(n, -1)
+    bounds = np.empty((2, flat.shape[1]))
+    step = 4096  # ratios at a time: resamples x step numbers are in memory
+    for start in range(0, flat.shape[1], step):
+        part = slice(start, start + step)
+        bounds[:, part] = np.percentile(counts @ flat[:, part] / below, [2.5, 97.5], axis=0)
+    shape = np.shape(sums)[1:]
+    return bounds[0].reshape(shape), bounds[1].reshape(shape)

@@ -1,0 +1,1 @@
+"""Exact activation patching of whole models, no work done twice."""

@@ -1,0 +1,105 @@
+"""Running a sweep: what is on disk is not computed again, what comes in goes there, a bar tells how long it takes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from emocircuits.sweep.results import SweepResult
+from emocircuits.sweep.store import Patch, Store
+
+V = TypeVar("V", bound=Patch)
+FORMAT = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}{postfix}]"
+
+
+def collect(
+    evaluate: Callable[[Sequence[V]], Iterator[tuple[slice, Tensor]]], variants: Sequence[V], *, axes: tuple[str, ...],
+    labels: dict[str, list[Any]], clean: float, corrupt: float, meta: Mapping[str, Any] | None = None,
+    store: Store | None = None, costs: Sequence[float] | None = None, progress: bool = True,
+) -> SweepResult:  # fmt: skip
+    """Evaluate all variants that the store does not have, and put the table together.
+
+    Args:
+        evaluate: gives metric values of the variants it is handed, chunk by chunk: a slice into them, and ``[n]``.
+        variants: one for every cell of the table.
+        axes: of the result; "layer", "pos" where variants have a column, and the unit's name where they have a unit.
+        labels: by axis, what its entries are. A unit is found among its labels, or, where these are names, by number.
+        clean, corrupt: the baselines.
+        meta: for the result.
+        store: where values are kept while they come in.
+        costs: of every variant, in any unit: the bar counts these, so that the time it tells is true though variants of
+            low layers take longer.
+        progress: show a bar on standard error.
+
+    Raises:
+        ValueError: the variants do not fill the table, each cell once, or ``evaluate`` left some out.
+    """
+    cells = _cells(variants, axes, labels)
+    weights = list(costs) if costs is not None else [1.0] * len(variants)
+    # Variants that cost nothing still move the bar.
+    total = sum(weights)
+    weights = [w + 1e-6 * (total / len(variants) or 1.0) for w in weights]
+    with contextlib.ExitStack() as stack:
+        done = {} if store is None else dict(stack.enter_context(store).done)
+        todo = [i for i in range(len(variants)) if i not in done]
+        name = str((meta or {}).get("target", "sweep"))
+        bar = stack.enter_context(
+            tqdm(
+                total=sum(weights),
+                desc=name,
+                disable=not progress,
+                bar_format=FORMAT,
+                initial=sum(weights[i] for i in done),
+            )
+        )
+        bar.set_postfix_str(f"{len(done)}/{len(variants)} patches")
+        for part, values in evaluate([variants[i] for i in todo]) if todo else ():
+            chunk = todo[part]
+            numbers = values.detach().to("cpu", torch.float64).flatten().tolist()
+            new = list(zip(chunk, numbers, strict=True))
+            if any(i in done for i in chunk):
+                raise ValueError("the engine gave a variant twice")
+            done.update(new)
+            if store is not None:
+                store.add(new)
+            bar.update(sum(weights[i] for i in chunk))
+            bar.set_postfix_str(f"{len(done)}/{len(variants)} patches")
+    missing = len(variants) - len(done)
+    if missing:
+        raise ValueError(f"the engine left {missing} of {len(variants)} variants out")
+    table = torch.full(tuple(len(labels[a]) for a in axes), float("nan"), dtype=torch.float64)
+    for i, cell in enumerate(cells):
+        table[cell] = done[i]
+    return SweepResult(table, clean, corrupt, axes, labels, dict(meta or {}))
+
+
+def _cells(variants: Sequence[Patch], axes: tuple[str, ...], labels: Mapping[str, list[Any]]) -> list[tuple[int, ...]]:
+    """Where each variant goes in the table."""
+    where = {axis: {label: i for i, label in enumerate(labels[axis])} for axis in axes}
+    cells = []
+    for v in variants:
+        found = [
+            (v.layer if axis == "layer" else v.column if axis == "pos" else v.unit, where[axis], len(labels[axis]))
+            for axis in axes
+        ]
+        cell = []
+        for axis, (value, known, size) in zip(axes, found, strict=True):
+            named = axis not in ("layer", "pos") and any(isinstance(k, str) for k in known)
+            at = value if named and isinstance(value, int) and 0 <= value < size else known.get(value)
+            if at is None:
+                raise ValueError(f"{v}: its {axis} {value!r} is not among the labels of that axis")
+            cell.append(int(at))
+        cells.append(tuple(cell))
+    size = 1
+    for axis in axes:
+        size *= len(labels[axis])
+    if len(set(cells)) != len(cells) or len(cells) != size or not cells:
+        raise ValueError(
+            f"{len(variants)} variants fill {len(set(cells))} cells of a table of {size}: expected each once"
+        )
+    return cells

@@ -1,0 +1,252 @@
+"""What a sweep found: the metric under each patch, the two baselines, and what follows from them."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+import hashlib
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from emocircuits.files import read_json, write_bytes, write_json
+from emocircuits.scoring.statistics import intervals
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+FORMAT = "emocircuits.sweep/1"
+FILE = "sweep.json"
+
+
+@dc.dataclass(frozen=True, eq=False)
+class SweepResult:
+    """The metric under each patch.
+
+    Attributes:
+        values: float64 on the CPU, one axis for each of `axes`: ``[layer]``, ``[layer, pos]``, ``[layer, head]``,
+            ``[layer, pos, head]``, ... For several pairs their mean.
+        clean, corrupt: the metric of the two prompts, nothing patched.
+        axes: names of the axes; "layer" is the first, "pos" the column of the prompt.
+        labels: by axis, what its entries are. Other keys may name the entries of an axis once more ("token").
+        meta: what was swept, on what: JSON-ready.
+        pairs: of several pairs, ``values`` of each, ``[pairs, *values.shape]``; else None.
+        baselines: of several pairs, clean and corrupt of each, ``[pairs, 2]``; else None.
+    """
+
+    values: Tensor
+    clean: float
+    corrupt: float
+    axes: tuple[str, ...]
+    labels: dict[str, list[Any]]
+    meta: dict[str, Any] = dc.field(default_factory=dict)
+    pairs: Tensor | None = None
+    baselines: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.values.dtype != torch.float64 or self.values.device.type != "cpu":
+            raise TypeError(f"values are {self.values.dtype} on {self.values.device}: expected float64 on the CPU")
+        sizes = tuple(len(self.labels[axis]) if axis in self.labels else -1 for axis in self.axes)
+        if tuple(self.values.shape) != sizes:
+            raise ValueError(
+                f"values are {list(self.values.shape)}: expected {list(sizes)}, one axis for each of "
+                f"{', '.join(self.axes)} and its labels"
+            )
+
+    @property
+    def gap(self) -> float:
+        """``clean - corrupt``: what a patch can restore."""
+        return self.clean - self.corrupt
+
+    @property
+    def measurable(self) -> bool:
+        """Whether the two baselines differ by more than the rounding of the model's arithmetic."""
+        dtype = getattr(torch, str(self.meta.get("dtype", "float32")), torch.float32)
+        noise = 8 * torch.finfo(dtype).eps * max(abs(self.clean), abs(self.corrupt))
+        return math.isfinite(self.gap) and abs(self.gap) > noise
+
+    @property
+    def effects(self) -> Tensor:
+        """``(values - corrupt) / (clean - corrupt)``: 0 as the corrupt prompt, 1 as the clean one.
+
+        For several pairs the ratio of the means, so that a pair with hardly a difference does not drown the others.
+
+        Raises:
+            ValueError: the baselines are equal or not finite: there is nothing to be a share of. `values` are there.
+        """
+        if not self.measurable:
+            raise ValueError(
+                f"clean {self.clean:.6g} and corrupt {self.corrupt:.6g} do not differ, so effects would be shares of "
+                "nothing; use .values, or a metric or pair that tells the two prompts apart"
+            )
+        return (self.values - self.corrupt) / self.gap
+
+    @classmethod
+    def mean(cls, results: Sequence[SweepResult]) -> SweepResult:
+        """The mean over prompt pairs; the single pairs stay in `pairs`, for :meth:`interval`.
+
+        Raises:
+            ValueError: there are none, they are of different sweeps (axes, layers, heads, number of positions), or one
+                of them is a mean already.
+        """
+        if not results:
+            raise ValueError("there are no results to take the mean of")
+        first = results[0]
+        for i, other in enumerate(results):
+            if other.pairs is not None:
+                raise ValueError(f"result {i} is a mean of pairs already; pass the results of the single pairs")
+            same = other.axes == first.axes and all(
+                len(other.labels[a]) == len(first.labels[a]) if a == "pos" else other.labels[a] == first.labels[a]
+                for a in first.axes
+            )
+            if not same or any(other.meta.get(k) != first.meta.get(k) for k in ("target", "direction", "patch_with")):
+                raise ValueError(
+                    f"result {i} is [{_shape(other)}] of {other.meta.get('target')}, the first one [{_shape(first)}] "
+                    f"of {first.meta.get('target')}; a mean needs the same sweep over pairs with as many positions "
+                    "(positions='all' has none)"
+                )
+        if len(results) == 1:
+            return first
+        pairs = torch.stack([r.values for r in results])
+        baselines = torch.tensor([[r.clean, r.corrupt] for r in results], dtype=torch.float64)
+        clean, corrupt = baselines.mean(0).tolist()
+        labels = {k: v for k, v in first.labels.items() if all(r.labels.get(k) == v for r in results)}
+        # Columns that are not the same in all pairs are numbered.
+        labels |= {a: list(range(len(first.labels[a]))) for a in first.axes if a not in labels}
+        meta = {k: v for k, v in first.meta.items() if all(r.meta.get(k) == v for r in results)}
+        return cls(pairs.mean(0), clean, corrupt, first.axes, labels, {**meta, "pairs": len(results)}, pairs, baselines)
+
+    def interval(
+        self, of: Literal["effects", "values"] = "effects", *, seed: int = 0, resamples: int = 2000
+    ) -> tuple[Tensor, Tensor]:
+        """95 % bootstrap interval over the pairs: lower and upper bounds, each as ``values``.
+
+        Raises:
+            ValueError: fewer than two pairs, or, for effects, baselines that do not differ.
+        """
+        if self.pairs is None or self.baselines is None:
+            raise ValueError("an interval needs several pairs; this is the result of one (see SweepResult.mean)")
+        if of == "effects":
+            _ = self.effects
+            below, above = self.baselines[:, 0] - self.baselines[:, 1], self.pairs - _column(self.baselines, 1, self)
+        elif of == "values":
+            below, above = torch.ones(len(self.pairs), dtype=torch.float64), self.pairs
+        else:
+            raise ValueError(f"of={of!r}: expected 'effects' or 'values'")
+        low, high = intervals(above.numpy(), below.numpy(), seed=seed, resamples=resamples)
+        return torch.from_numpy(low), torch.from_numpy(high)
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a patch: a column for each axis, ``value`` and ``effect`` (NaN where there is none).
+
+        Several pairs also give ``effect_low`` and ``effect_high``; labels that name an axis once more (as long as it,
+        such as "token" for "pos") become columns.
+        """
+        import pandas as pd
+
+        grid = np.indices(tuple(self.values.shape)).reshape(len(self.axes), -1)
+        columns: dict[str, Any] = {}
+        for axis, index in zip(self.axes, grid, strict=True):
+            columns[axis] = [self.labels[axis][i] for i in index]
+            for extra in self._extra(axis):
+                columns[extra] = [self.labels[extra][i] for i in index]
+        columns["value"] = self.values.flatten().numpy()
+        columns["effect"] = self.effects.flatten().numpy() if self.measurable else np.nan
+        if self.pairs is not None and self.measurable:
+            low, high = self.interval()
+            columns |= {"effect_low": low.flatten().numpy(), "effect_high": high.flatten().numpy()}
+        return pd.DataFrame(columns)
+
+    def _extra(self, axis: str) -> list[str]:
+        """Labels that name the entries of an axis once more: only positions have them."""
+        return [k for k in self.labels if axis == "pos" and k not in self.axes and k == "token"]
+
+    def top(self, n: int = 10) -> list[dict[str, Any]]:
+        """The ``n`` patches that move the metric most, strongest first: axes, value, effect (None without one)."""
+        moved = (self.values - self.corrupt).abs().flatten().nan_to_num(-1.0)
+        found = []
+        for flat in moved.argsort(descending=True, stable=True)[:n].tolist():
+            where = np.unravel_index(flat, tuple(self.values.shape))
+            value = float(self.values.flatten()[flat])
+            place = {axis: self.labels[axis][int(i)] for axis, i in zip(self.axes, where, strict=True)}
+            found.append(
+                place | {"value": value, "effect": (value - self.corrupt) / self.gap if self.measurable else None}
+            )
+        return found
+
+    def plot(self, path: str | Path | None = None) -> go.Figure:
+        """A heatmap of the effects (of ``values - corrupt`` where there are none), written to ``path`` as one page.
+
+        Layers go up, positions (else the last axis) to the right. A third axis is chosen in a menu, which starts with
+        its strongest entry at each place.
+        """
+        from emocircuits.sweep.heatmap import figure
+
+        drawn = figure(self)
+        if path is not None:
+            write_bytes(path, drawn.to_html(full_html=True, include_plotlyjs=True).encode())
+        return drawn
+
+    def save(self, folder: str | Path) -> Path:
+        """Write ``sweep.json`` and the tensors beside it as safetensors; an interrupted write leaves the old result."""
+        folder = Path(folder)
+        tensors = {"values": self.values, "pairs": self.pairs, "baselines": self.baselines}
+        data = save({k: v.contiguous() for k, v in tensors.items() if v is not None})
+        name = f"values-{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
+        write_bytes(folder / name, data)
+        record = dict(
+            format=FORMAT, tensors=name, clean=_finite(self.clean), corrupt=_finite(self.corrupt),
+            axes=list(self.axes), labels=self.labels, meta=self.meta,
+        )  # fmt: skip
+        written = write_json(folder / FILE, record)
+        for old in folder.glob("values-*.safetensors"):
+            if old.name != name:
+                old.unlink()
+        return written
+
+    @classmethod
+    def load(cls, folder: str | Path) -> SweepResult:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ValueError: there is no result, or it is not whole.
+        """
+        path = Path(folder) / FILE
+        record = read_json(path, "the result of a sweep")
+        if not isinstance(record, dict) or record.get("format") != FORMAT:
+            raise ValueError(f"{path}: not the result of a sweep (expected format {FORMAT!r})")
+        name = record["tensors"]
+        try:
+            data = (path.parent / name).read_bytes()
+        except OSError as error:
+            raise ValueError(f"{path.parent / name}: cannot read the values ({error.strerror or error})") from error
+        if hashlib.sha256(data).hexdigest()[:16] != name.removeprefix("values-").removesuffix(".safetensors"):
+            raise ValueError(f"{path.parent / name}: damaged, its content is not what its name says")
+        tensors = load(data)
+        clean, corrupt = (float("nan") if record[k] is None else float(record[k]) for k in ("clean", "corrupt"))
+        return cls(
+            tensors["values"], clean, corrupt, tuple(record["axes"]), record["labels"], record["meta"],
+            tensors.get("pairs"), tensors.get("baselines"),
+        )  # fmt: skip
+
+    def __repr__(self) -> str:
+        return f"SweepResult([{_shape(self)}], clean={self.clean:.4g}, corrupt={self.corrupt:.4g})"
+
+
+def _shape(result: SweepResult) -> str:
+    return ", ".join(f"{axis} {n}" for axis, n in zip(result.axes, result.values.shape, strict=True))
+
+
+def _column(baselines: Tensor, which: int, result: SweepResult) -> Tensor:
+    return baselines[:, which].reshape(-1, *[1] * len(result.axes))
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN."""
+    return value if math.isfinite(value) else None
