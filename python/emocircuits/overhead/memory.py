@@ -2,7 +2,8 @@
 
 On a GPU: the peak of torch's allocator. On a CPU: the peak of the process's resident set, which Linux keeps (VmHWM in
 /proc/self/status) and forgets when asked to (``5`` into /proc/self/clear_refs); freed memory is given back to the
-system first, so that no call runs in what another left behind. Elsewhere there is no figure.
+system first, so that no call runs in what another left behind, and large blocks come from the system one by one
+(`exact`). Elsewhere there is no figure.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,32 @@ METHODS = {
 }
 
 
+MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
+"""Parameters of glibc's mallopt."""
+
+
+@contextlib.contextmanager
+def exact() -> Iterator[None]:
+    """Let malloc return every large block at once, as long as this lasts: slow, so nothing is timed meanwhile.
+
+    Afterwards malloc keeps large blocks, as it does by itself in a process that has used them for a while.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # another libc
+        yield
+        return
+    mallopt(MMAP_THRESHOLD, 1 << 16)
+    try:
+        yield
+    finally:
+        mallopt(MMAP_THRESHOLD, 1 << 25)
+        mallopt(TRIM_THRESHOLD, 1 << 26)
+
+
 def used(device: torch.device) -> int | None:
     """Bytes in use now, after giving back what is free; None where that cannot be known."""
-    gc.collect(1)  # cycles of the last calls; older garbage is in use before and after, and cancels
+    gc.collect()  # a cache of an earlier call that was freed during this one would make it look cheaper
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         return torch.cuda.memory_allocated(device)

@@ -19,7 +19,7 @@ from emocircuits.environment import provenance
 from emocircuits.overhead import agreement, memory
 from emocircuits.overhead.contenders import BASELINE, Contender, Unavailable
 from emocircuits.overhead.generation import PHASES, Settings, Times, logits, timed
-from emocircuits.overhead.ratios import ratio
+from emocircuits.overhead.ratios import Ratio, ratio
 from emocircuits.overhead.subject import Subject
 
 SCHEMA = "emocircuits/overhead"
@@ -111,8 +111,12 @@ def measure(
             pairs += [(one, best) for one in others if one.contender.kind == "ours"]
         _time(pairs, subject, seconds - share, fewest, progress, "contenders")
         if not base.times:  # nobody to be timed beside
-            assert base.model is not None
-            base.times = [timed(base.model, subject.inputs, base.settings) for _ in range(fewest)]
+            base.times = [timed(_model(base), subject.inputs, base.settings) for _ in range(fewest)]
+        if subject.device.type == "cpu":
+            with memory.exact():
+                timed(_model(base), subject.inputs, base.settings)  # what stays for good stays from here on
+                for entry in ready:
+                    _remember(subject, entry, memory.used(subject.device))
         rows = [_row(entry) for entry in entries]
     return {
         "schema": SCHEMA,
@@ -184,7 +188,7 @@ def _text(subject: Subject, settings: Settings) -> Tensor:
 
 def _ready(subject: Subject, entry: _Entry, tokens: Tensor) -> Tensor:
     device = subject.device
-    before = memory.used(device) if device.type == "cuda" else None
+    before = memory.used(device) if device.type == "cuda" else None  # a CPU's is taken at the end
     model = entry.model = subject.copy()
     entry.undo.enter_context(entry.contender.install(model, subject))
     # Of the same length as the timed generations, so that the same graphs serve; the rest of the text is the last word.
@@ -192,14 +196,22 @@ def _ready(subject: Subject, entry: _Entry, tokens: Tensor) -> Tensor:
     found = logits(model, subject.inputs, entry.settings, text)[:, : tokens.shape[1]]
     if entry.settings.compiled:  # graphs are recorded in the second run at the latest
         timed(model, subject.inputs, entry.settings)
-    if device.type != "cuda":
-        before = memory.used(device)
-    peak = memory.peak(lambda: timed(model, subject.inputs, entry.settings), device)
-    if before is not None and peak is not None:
-        entry.memory = max(0, peak - before)
+    if before is not None:
+        _remember(subject, entry, before)
     if not bool(torch.isfinite(found).all()):
         raise ArithmeticError("its logits are not finite")
     return found
+
+
+def _remember(subject: Subject, entry: _Entry, before: int | None) -> None:
+    peak = memory.peak(lambda: timed(_model(entry), subject.inputs, entry.settings), subject.device)
+    if before is not None and peak is not None:
+        entry.memory = max(0, peak - before)
+
+
+def _model(entry: _Entry) -> nn.Module:
+    assert entry.model is not None
+    return entry.model
 
 
 def _time(
@@ -214,8 +226,7 @@ def _time(
             for one, other in pairs:
                 mine, theirs = one.pairs.setdefault(other.contender.name, ([], []))
                 for entry in (one, other) if number % 2 == 0 else (other, one):
-                    assert entry.model is not None
-                    times = timed(entry.model, subject.inputs, entry.settings)
+                    times = timed(_model(entry), subject.inputs, entry.settings)
                     entry.times.append(times)
                     (mine if entry is one else theirs).append(times)
                 bar.n = min(round(seconds), round(time.perf_counter() - begin))
@@ -227,10 +238,16 @@ def _time(
 
 
 def _best(stock: list[_Entry]) -> _Entry:
-    """The untouched model with the shortest generation."""
-    if len(stock) == 1:
-        return stock[0]
-    return min(stock, key=lambda entry: float(np.median([times.whole for times in entry.times])))
+    """The untouched model with the shortest generation; the baseline, where nobody is faster beyond doubt."""
+    base, *others = stock
+    found = {one.contender.name: _ratio(one, base.contender.name, "whole") for one in others}
+    faster = [one for one in others if found[one.contender.name].high < 1.0]
+    return min(faster, key=lambda one: found[one.contender.name].median, default=base)
+
+
+def _ratio(entry: _Entry, to: str, phase: str) -> Ratio:
+    mine, theirs = entry.pairs[to]
+    return ratio([getattr(times, phase) for times in mine], [getattr(times, phase) for times in theirs])
 
 
 def _row(entry: _Entry) -> dict[str, Any]:
@@ -248,10 +265,7 @@ def _row(entry: _Entry) -> dict[str, Any]:
     for i, phase in enumerate(PHASES):
         p20, p50, p80 = np.percentile([times[i] for times in entry.times], [20, 50, 80])
         row[phase] = {"p20_s": float(p20), "p50_s": float(p50), "p80_s": float(p80)}
-    row["ratios"] = {
-        to: {phase: ratio([x[i] for x in mine], [x[i] for x in theirs])._asdict() for i, phase in enumerate(PHASES)}
-        for to, (mine, theirs) in entry.pairs.items()
-    }
+    row["ratios"] = {to: {phase: _ratio(entry, to, phase)._asdict() for phase in PHASES} for to in entry.pairs}
     return row
 
 
