@@ -13,13 +13,14 @@ from torch import nn
 EMBEDDED = "embedded"
 
 
-def load_model(name: str = EMBEDDED, *, device: str | None = None) -> tuple[nn.Module, Any]:
+def load_model(name: str = EMBEDDED, *, device: str | None = None, text: bool = False) -> tuple[nn.Module, Any]:
     """Load a model and its processor, in eval mode.
 
     Args:
         name: ``"embedded"``, a folder written by ``save_pretrained``, or a hub id.
         device: ``"cpu"``, ``"cuda"``, ...; by default a GPU when there is one. Hub and folder models load in their own
             dtype, the embedded one in float32.
+        text: also take a causal language model that sees no images; its tokenizer is then in the processor's place.
 
     Raises:
         ValueError: the name is none of these, or the model cannot be loaded; the message says why.
@@ -31,18 +32,27 @@ def load_model(name: str = EMBEDDED, *, device: str | None = None) -> tuple[nn.M
         with _no_progress_bar():
             model, processor = embedded.load()
         return model.to(device), processor
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoProcessor,
+        AutoTokenizer,
+    )
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as SEEING
 
     is_path = Path(name).exists() or name.startswith((".", "/", "~"))
     if is_path and not (Path(name).expanduser() / "config.json").is_file():
         raise ValueError(f"{name}: expected a folder with a config.json, a hub id, or 'embedded'")
     where = str(Path(name).expanduser()) if is_path else name
+    kind = "vision-language model" + " or a language model" * text
     try:
-        model = AutoModelForImageTextToText.from_pretrained(where, dtype="auto")
-        processor = AutoProcessor.from_pretrained(where)
+        sees = not text or AutoConfig.from_pretrained(where).model_type in SEEING
+        model = (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_pretrained(where, dtype="auto")
+        processor = (AutoProcessor if sees else AutoTokenizer).from_pretrained(where)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"cannot load {name!r} as a vision-language model: {reason}") from error
+        raise ValueError(f"cannot load {name!r} as a {kind}: {reason}") from error
     return model.eval().to(device), processor
 
 
