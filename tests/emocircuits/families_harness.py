@@ -252,7 +252,7 @@ class Expected:
         return self.logits(tokens)[:, self.inputs["input_ids"].shape[1] - 1 :]
 
 
-def check(name: str, runs: Sequence[Run], seed: int = 0) -> None:
+def check(name: str, runs: Sequence[Run], seed: int = 0, paddings: Sequence[str] = PADDINGS) -> None:
     """A random plan with every kind of edit equals the oracle in every way to generate, padded and not.
 
     Also checked: an empty plan changes no bit, leaving the patch restores the model, and the plan changes something.
@@ -260,7 +260,7 @@ def check(name: str, runs: Sequence[Run], seed: int = 0) -> None:
     model, exact, make_inputs, tolerance = built(name)
     handle = open_model(model)
     plan = random_plan(handle.geometry, seed=seed, visual=handle.sees)
-    prompts = {padding: make_inputs(2, padding) for padding in PADDINGS}
+    prompts = {padding: make_inputs(2, padding) for padding in paddings}
     plain = {padding: generate(model, inputs)[1] for padding, inputs in prompts.items()}
     before = fingerprint(model)
     with patch(model, Plan([])):

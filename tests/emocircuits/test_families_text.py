@@ -138,7 +138,8 @@ def test_a_random_plan_equals_the_oracle(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in harness.TEXT if n != "Llama"])
 def test_a_compiled_step_on_a_dynamic_cache_equals_the_oracle(name):
-    harness.check(name, harness.RUNS[3:], seed=1)
+    # It is compiled anew for every length.
+    harness.check(name, harness.RUNS[3:], seed=1, paddings=["left"])
 
 
 @torch.no_grad()
