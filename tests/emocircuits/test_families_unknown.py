@@ -3,6 +3,7 @@
 import copy
 
 import families_harness as harness
+import models
 import oracle_layouts
 import pytest
 import torch
@@ -139,3 +140,25 @@ def test_an_unknown_vision_language_model_is_not_guessed():
     model.config.vision_config = transformers.CLIPVisionConfig()
     with pytest.raises(NotImplementedError, match="which tokens stand for images or sound is never guessed"):
         patch(model, PLAN)
+
+
+@pytest.mark.parametrize("kind", ["smollm3", "exaone4"])
+def test_a_known_vision_language_family_around_an_unknown_text_decoder(kind):
+    text = RECOGNISED[kind](torch.float32)[0].config
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=4,
+        projection_dim=24,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    config = transformers.LlavaConfig(
+        vision_config=vision, text_config=text, image_token_id=models.IMAGE, vision_feature_layer=-1
+    )
+    model = harness.finish(transformers.LlavaForConditionalGeneration(config), torch.float64)
+    inputs = models.batch([models.prompt(model, 3, 5), models.prompt(model, 2, 3, seed=1)])
+    handle = open_model(model)
+    assert handle.sees
+    plan, exact = random_plan(handle.geometry, seed=3), copy.deepcopy(model)
+    with patch(model, plan):
+        tokens, logits = harness.generate(model, inputs)
+    expected = harness.Expected(exact, inputs, plan).steps(tokens)
+    assert harness.distance(logits.double(), expected) < 1e-6
