@@ -1,4 +1,4 @@
-# make demo | test | lint | audit | bench | gpu
+# make demo | test | compat | lint | audit | bench | gpu
 # Each target makes its own .venv when there is none and installs what it needs; `make gpu` uses the python at hand.
 PYTHON ?= python3
 VENV   := .venv
@@ -8,7 +8,11 @@ export OMP_NUM_THREADS ?= $(THREADS)
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help install demo test lint audit bench gpu clean
+# Tests of what a plan does to models of transformers.
+COMPAT := $(addprefix tests/emocircuits/test_,patching.py edits.py generation.py families_text.py families_vision.py capture.py presets.py)
+OLDEST := $(VENV)/transformers-5.17
+
+.PHONY: help install demo test compat lint audit bench gpu clean
 help:
 	@sed -n 's/^\([a-z]*\): *.*## /  make \1\t/p' $(MAKEFILE_LIST)
 
@@ -34,6 +38,16 @@ demo: $(VENV)/.installed ## the whole story on the embedded model, and a page to
 # One worker a core, one thread a worker: many small tests run faster that way than few threaded ones.
 test: $(VENV)/.native ## every test that runs without a GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(THREADS) --dist worksteal
+
+# The oldest transformers that is supported, beside everything else as it is installed. torch 2.11 has no CPU build in every
+# package index, so its turn comes on a GPU machine (make gpu).
+$(OLDEST)/.installed: $(VENV)/.installed
+	grep -viE '^(transformers|huggingface_hub|hf-xet|httpx2?|httpcore2?)==' constraints.txt > $(VENV)/oldest.txt
+	$(BIN)/python -m pip install --quiet --upgrade -c $(VENV)/oldest.txt --target $(OLDEST) 'transformers==5.17.*'
+	@touch $@
+
+compat: $(VENV)/.native $(OLDEST)/.installed ## the patching layer on the oldest transformers that is supported
+	PYTHONPATH=$(OLDEST) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(THREADS) --dist worksteal $(COMPAT)
 
 lint: $(VENV)/.installed ## ruff, mypy, import contracts
 	$(BIN)/ruff check .

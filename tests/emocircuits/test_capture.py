@@ -215,6 +215,8 @@ def small(kind):
         sizes |= {"sliding_window": 4, "query_pre_attn_scalar": 8}
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(**sizes)
+    if kind == "gemma2":
+        config._attn_implementation = "eager"  # older transformers offer SDPA, which leaves out the softcap
     head = "LMHeadModel" if kind == "gpt2" else "ForCausalLM"
     return getattr(transformers, name + head)(config).double().eval()
 
