@@ -71,12 +71,7 @@ def _attention(module, query, key, value, attention_mask, scaling=None, softcap=
                     or edit.reading == "weight"
                 ):
                     continue
-                hit = torch.tensor(
-                    [
-                        [oracle_edits.reads(edit, roles, row, i, j) for j in range(n)]
-                        for i in range(n)
-                    ]
-                )
+                hit = torch.tensor([[oracle_edits.reads(edit, roles, row, i, j) for j in range(n)] for i in range(n)])
                 if edit.reading == "logit-scale":
                     scale[hit] *= edit.by
                 elif edit.reading == "logit-abs":
