@@ -1,1 +1,12 @@
-"""Exact activation patching of whole models, no work done twice."""
+"""Exact activation patching of whole models, no work done twice.
+
+>>> from emocircuits.sweep import Sweep, logit_diff
+>>> sweep = Sweep(model, clean, corrupt, logit_diff(a, b))  # doctest: +SKIP
+>>> sweep.heads(positions="each").effects  # doctest: +SKIP
+"""
+
+from emocircuits.sweep.api import Sweep
+from emocircuits.sweep.metrics import Metric, kl, log_prob, logit_diff, projection
+from emocircuits.sweep.results import SweepResult
+
+__all__ = ["Metric", "Sweep", "SweepResult", "kl", "log_prob", "logit_diff", "projection"]

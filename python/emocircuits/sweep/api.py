@@ -1,0 +1,255 @@
+"""``Sweep``: exact activation patching of a model on a pair of prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from emocircuits.families import open_model
+from emocircuits.roles import prompt_roles
+from emocircuits.sweep import inputs
+from emocircuits.sweep.collect import collect
+from emocircuits.sweep.engine import evaluate
+from emocircuits.sweep.metrics import Metric, declared
+from emocircuits.sweep.planner import Forecast, Savings, Shape, forecast
+from emocircuits.sweep.readout import Readout, verify
+from emocircuits.sweep.results import SweepResult
+from emocircuits.sweep.store import Store, open_store
+from emocircuits.sweep.targets import UNITS, Target, Variant, first_difference, values
+from emocircuits.sweep.trace import refuse_hooks, trace
+from emokernels import Role
+
+Positions = str | Role | Sequence[int]
+DOES = Savings(absorbed_values=False)
+
+
+class Sweep:
+    """Activation patching between two prompts, every patch exact, nothing computed twice.
+
+    Both prompts run once, when the sweep is made, images included. Each patch then starts at its layer, in its column,
+    from what the base run had there.
+
+    Args:
+        model: a Hugging Face model of a family that :func:`~emocircuits.families.open_model` knows, in eval mode.
+        clean, corrupt: model inputs of one row each and of the same token length.
+        metric: from :mod:`.metrics`, or a function from logits ``[1, tokens, vocabulary]`` to one number.
+        direction: "denoise" patches clean values into the corrupt run, "noise" corrupt ones into the clean run.
+        patch_with: "clean" (the values of the other prompt), "zero", "mean" (of the other prompt, over its tokens), or
+            a tensor that broadcasts to ``[tokens, ...]`` of what is patched (``[heads, head_dim]``, ``[neurons]`` or
+            ``[d_model]``).
+        batch: whole prompts in a batch; None: what memory allows.
+        out: a folder in which results are kept while they come in, one for each target; a killed sweep resumes.
+        progress: show a bar with the time that remains.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: what cannot be swept exactly is refused here, before any patch runs.
+    """
+
+    def __init__(
+        self, model: nn.Module, clean: Mapping[str, Any], corrupt: Mapping[str, Any],
+        metric: Metric | Callable[[Tensor], Any], direction: str = "denoise", patch_with: str | Tensor = "clean",
+        batch: int | None = None, out: str | Path | None = None, progress: bool = True,
+    ) -> None:  # fmt: skip
+        if direction not in ("denoise", "noise"):
+            raise ValueError(f"direction is {direction!r}, expected 'denoise' or 'noise'")
+        if not isinstance(patch_with, Tensor) and patch_with not in ("clean", "zero", "mean"):
+            raise ValueError(f"patch_with is {patch_with!r}, expected 'clean', 'zero', 'mean' or a tensor")
+        if batch is not None and batch < 1:
+            raise ValueError(f"batch is {batch}, expected at least 1")
+        if isinstance(patch_with, Tensor) and not bool(torch.isfinite(patch_with).all()):
+            raise ValueError("patch_with has NaN or infinite values")
+        self.columns = inputs.check(clean, corrupt)
+        self.metric = declared(metric)
+        self.metric.columns(self.columns)
+        self.handle = open_model(model)
+        self.clean_inputs, self.corrupt_inputs = clean, corrupt
+        self.direction, self.patch_with, self.batch, self.out, self.progress = (
+            direction, patch_with, batch, out, progress,
+        )  # fmt: skip
+        refuse_hooks(self.handle)
+        with torch.inference_mode():
+            runs = []
+            for side, given in (("clean", clean), ("corrupt", corrupt)):
+                run, logits = trace(self.handle, given, side)
+                verify(self.handle, run, logits)
+                runs.append(run)
+                del logits
+            clean_run, corrupt_run = runs
+            if clean_run.columns != self.columns:
+                raise NotImplementedError(
+                    f"the text decoder sees {clean_run.columns} columns of {self.columns} tokens: give input_ids in "
+                    "which every image already has its placeholder tokens"
+                )
+            _same_frame(clean_run.layers, corrupt_run.layers)
+            self.base, self.source = (corrupt_run, clean_run) if direction == "denoise" else (clean_run, corrupt_run)
+            self.first = first_difference(clean_run, corrupt_run)
+            self.readout = Readout(self.handle, self.metric, clean_run, self.base)
+            self.clean, self.corrupt = (
+                float(self.readout.value(self.readout.of(run))) for run in (clean_run, corrupt_run)
+            )
+        mask = corrupt.get("attention_mask")
+        device = self.base.layers[0].resid_pre.device
+        self.real = torch.ones(self.columns, dtype=torch.bool, device=device)
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            self.real = mask[0].bool().to(device)
+
+    # ---- targets --------------------------------------------------------------------------------------
+
+    def heads(self, positions: Positions = "all", layers: Sequence[int] | None = None) -> SweepResult:
+        """Head outputs ``z``: axes [layer, head] for all positions at once, else [layer, pos, head]."""
+        units = list(range(self.handle.geometry.heads))
+        return self._sweep(Target("heads"), units, positions, layers)
+
+    def residual(self, positions: Positions = "all", layers: Sequence[int] | None = None) -> SweepResult:
+        """The residual stream that enters a layer: [layer] or [layer, pos]."""
+        return self._sweep(Target("residual"), [None], positions, layers)
+
+    def attn_out(self, positions: Positions = "all", layers: Sequence[int] | None = None) -> SweepResult:
+        """What attention adds to the residual stream: [layer] or [layer, pos]."""
+        return self._sweep(Target("attn_out"), [None], positions, layers)
+
+    def mlp_out(self, positions: Positions = "all", layers: Sequence[int] | None = None) -> SweepResult:
+        """What the MLP adds to the residual stream: [layer] or [layer, pos]."""
+        return self._sweep(Target("mlp_out"), [None], positions, layers)
+
+    def neurons(
+        self, groups: int | Sequence[Sequence[int]] = 16, positions: Positions = "all",
+        layers: Sequence[int] | None = None,
+    ) -> SweepResult:  # fmt: skip
+        """Groups of neurons, patched together: [layer, group] or [layer, pos, group].
+
+        Args:
+            groups: so many equal runs of neurons, or lists of neuron numbers, the same in every layer.
+            positions: see :meth:`heads`.
+            layers: all by default.
+
+        Raises:
+            NotImplementedError: the MLPs are mixtures of experts.
+            ValueError: a neuron that the MLP does not have, or more groups than neurons.
+        """
+        _ = self.handle.down_projections
+        total = self.handle.geometry.neurons
+        if isinstance(groups, int):
+            if not 1 <= groups <= total:
+                raise ValueError(f"{groups} groups of {total} neurons: expected 1 to {total}")
+            edges = [i * total // groups for i in range(groups + 1)]
+            chosen = tuple(tuple(range(a, b)) for a, b in pairwise(edges))
+        else:
+            chosen = tuple(tuple(sorted(set(map(int, g)))) for g in groups)
+            if not chosen or any(not g or g[0] < 0 or g[-1] >= total for g in chosen):
+                raise ValueError(f"groups must name neurons 0 to {total - 1}, at least one in each")
+        return self._sweep(Target("neurons", chosen), list(range(len(chosen))), positions, layers)
+
+    # ---- the parts of a sweep -------------------------------------------------------------------------
+
+    def variants(
+        self, target: Target, units: Sequence[int | None], positions: Positions, layers: Sequence[int] | None
+    ) -> tuple[list[Variant], tuple[str, ...], dict[str, list[Any]]]:
+        """All patches of a table, its axes and their labels."""
+        total = self.handle.geometry.layers
+        chosen = list(range(total)) if layers is None else [int(l) for l in layers]
+        if not chosen or len(set(chosen)) != len(chosen) or not all(0 <= l < total for l in chosen):
+            raise ValueError(f"layers {layers}: expected each of 0 to {total - 1} at most once")
+        columns = self.positions(positions)
+        axes, labels = ["layer"], {"layer": sorted(chosen)}
+        if columns != [None]:
+            axes.append("pos")
+            labels["pos"] = list(columns)  # type: ignore[arg-type]
+        if list(units) != [None]:
+            axes.append(UNITS[target.kind])
+            labels[UNITS[target.kind]] = list(units)  # type: ignore[arg-type]
+        found = [Variant(l, c, u) for l in sorted(chosen) for c in columns for u in units]
+        return found, tuple(axes), labels
+
+    def positions(self, positions: Positions) -> list[int | None]:
+        """Columns that are patched one at a time; ``[None]``: all at once.
+
+        Args:
+            positions: "all" (at once), "each" column, the columns of a role, or a list of columns, negative from the
+                end. Columns count padding.
+
+        Raises:
+            ValueError: a column outside the prompt, or a role that no token has.
+        """
+        if isinstance(positions, str) and positions == "all":
+            return [None]
+        if isinstance(positions, str) and positions == "each":
+            return list(range(self.columns))
+        if isinstance(positions, str | Role):
+            names = {role.name.lower(): role for role in Role}
+            if isinstance(positions, str) and positions.lower() not in names:
+                raise ValueError(f"positions={positions!r}: expected 'all', 'each', columns or one of {list(names)}")
+            role = names[positions.lower()] if isinstance(positions, str) else positions
+            ids = self.corrupt_inputs["input_ids"]
+            roles = prompt_roles(ids, self.real[None].to(ids.device), self.handle.placeholder_ids())[0]
+            found: list[int | None] = [int(c) for c in (roles == int(role)).nonzero().flatten()]
+            if not found:
+                raise ValueError(f"no token of the prompt is {role.name}")
+            return found
+        columns = [int(p) for p in positions]
+        wrong = [c for c in columns if not -self.columns <= c < self.columns]
+        if wrong or not columns:
+            raise ValueError(f"positions {wrong or columns}: expected columns inside a prompt of {self.columns}")
+        return list(dict.fromkeys(c % self.columns for c in columns))
+
+    def forecast(self, target: Target, variants: Sequence[Variant], rate: float | None = None) -> Forecast:
+        """What the patches will cost (:mod:`.planner`)."""
+        rows = self.metric.rows
+        shape = Shape.of(
+            self.handle, self.columns, first=self.first if self.patch_with == "clean" else 0,
+            reads=self.readout.columns, rows=None if rows is None else len(rows),
+        )  # fmt: skip
+        size = max((len(g) for g in target.groups), default=1)
+        return forecast(shape, target.kind, variants, size=size, savings=DOES, rate=rate)
+
+    def _sweep(
+        self, target: Target, units: Sequence[int | None], positions: Positions, layers: Sequence[int] | None
+    ) -> SweepResult:
+        variants, axes, labels = self.variants(target, units, positions, layers)
+        # A tensor that does not fit is refused before the first patch.
+        values(target, self.source.layers[0], self.patch_with, self.real)
+        what = {
+            "target": target.kind, "groups": target.groups, "positions": labels.get("pos", "all"),
+            "direction": self.direction, "patch_with": self.patch_with,
+        }  # fmt: skip
+        patch = self.patch_with if isinstance(self.patch_with, str) else "tensor"
+        meta = {
+            "target": target.kind, "direction": self.direction, "patch_with": patch,
+            "dtype": str(self.base.layers[0].resid_pre.dtype).removeprefix("torch."), "first_difference": self.first,
+        }  # fmt: skip
+        costs = self.forecast(target, variants).costs if self.handle.geometry.neurons else None
+
+        def run(todo: Sequence[Variant]) -> Iterator[tuple[slice, Tensor]]:
+            return evaluate(self, target, todo, self.batch)
+
+        return collect(
+            run, variants, axes=axes, labels=labels, clean=self.clean, corrupt=self.corrupt, meta=meta,
+            store=self._store(target, what, variants), costs=costs, progress=self.progress,
+        )  # fmt: skip
+
+    def _store(self, target: Target, what: dict[str, Any], variants: Sequence[Variant]) -> Store | None:
+        if self.out is None:
+            return None
+        return open_store(
+            Path(self.out) / target.kind, model=self.handle.model, clean=self.clean_inputs,
+            corrupt=self.corrupt_inputs, what={**what, "metric": self.metric}, variants=variants,
+            baselines=(self.clean, self.corrupt),
+        )  # fmt: skip
+
+
+def _same_frame(clean: Sequence[Any], corrupt: Sequence[Any]) -> None:
+    """Masks and positions must be the same in both runs: a patch carries neither over."""
+    for i, (a, b) in enumerate(zip(clean, corrupt, strict=True)):
+        if not torch.equal(a.mask, b.mask):
+            raise ValueError(f"the attention masks of clean and corrupt differ in layer {i}")
+        for name, value in a.kwargs.items():
+            other = b.kwargs[name]
+            left, right = (v if isinstance(v, tuple | list) else (v,) for v in (value, other))
+            for x, y in zip(left, right, strict=True):
+                if isinstance(x, Tensor) and not torch.equal(x, y):
+                    raise ValueError(f"{name} of clean and corrupt differ: a column is not the same place in both")

@@ -1,0 +1,147 @@
+"""The sweep itself: variants in, metric values out, as little computed as exactness allows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from emocircuits.sweep.readout import Readout
+from emocircuits.sweep.resume import Decoder
+from emocircuits.sweep.targets import Entry, Target, Variant, values
+
+if TYPE_CHECKING:
+    from emocircuits.sweep.api import Sweep
+
+CPU_TOKENS = 1024  # packed tokens of a batch that still fit a CPU's caches
+
+
+def evaluate(
+    sweep: Sweep, target: Target, variants: Sequence[Variant], batch: int | None = None
+) -> Iterator[tuple[slice, Tensor]]:
+    """Metric values of variants, in their order, chunk by chunk.
+
+    Args:
+        sweep: the pair, its runs and the metric.
+        target: what is patched.
+        variants: best ordered by layer and column: consecutive ones of a layer become one batch.
+        batch: whole prompts in a batch; None: what memory allows. Halved, for good, when memory runs out.
+
+    Yields:
+        A slice into ``variants`` and its values ``[n]`` float64.
+    """
+    with torch.inference_mode():
+        run = _Run(sweep, target)
+        budget = batch * sweep.columns if batch else tokens(sweep)
+        at = 0
+        while at < len(variants):
+            end = run.chunk(variants, at, budget)
+            try:
+                found = run.values(variants[at:end])
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not _out_of_memory(error) or end - at == 1:
+                    raise
+                run.forget()
+                budget = max(1, min(budget, sum(run.size(v) for v in variants[at:end])) // 2)
+                continue
+            yield slice(at, end), found
+            at = end
+
+
+def tokens(sweep: Sweep) -> int:
+    """Packed tokens of a batch: for a GPU, what half of its free memory holds."""
+    device = sweep.base.layers[0].resid_pre.device
+    if device.type != "cuda":
+        return max(CPU_TOKENS, sweep.columns)
+    g = sweep.handle.geometry
+    width = 12 * g.d_model + 4 * max(g.neurons, g.d_model) + 3 * (g.heads + 2 * g.kv_heads) * g.head_dim
+    free, _ = torch.cuda.mem_get_info(device)
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    item = sweep.base.layers[0].resid_pre.element_size()
+    return max(sweep.columns, min(65536, (free + held) // 2 // (width * item)))
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+class _Run:
+    """One target on one pair."""
+
+    def __init__(self, sweep: Sweep, target: Target) -> None:
+        self.sweep, self.target = sweep, target
+        self.readout: Readout = sweep.readout
+        self.decoder = Decoder(sweep.handle, sweep.base, self.readout.stop, self.readout.columns)
+        # Other values than the other prompt's differ from the first column on.
+        self.start = sweep.first if sweep.patch_with == "clean" else 0
+        self._entry: Entry | None = None
+
+    def forget(self) -> None:
+        """Give memory back."""
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def entry(self, layer: int) -> Entry:
+        """The entry into one layer; the last one is kept."""
+        if self._entry is None or self._entry.layer != layer:
+            sweep = self.sweep
+            patched = values(self.target, sweep.source.layers[layer], sweep.patch_with, sweep.real)
+            self._entry = Entry(sweep.handle, self.decoder, self.target, layer, patched)
+        return self._entry
+
+    def columns(self, v: Variant) -> tuple[int, ...]:
+        """Where the variant is patched; empty when it provably changes nothing that is read."""
+        if v.layer > self.decoder.stop or self.start >= self.sweep.columns:
+            return ()
+        if v.column is not None and v.column < self.start:
+            return ()
+        return self.entry(v.layer).columns(v.column, self.start)
+
+    def size(self, v: Variant) -> int:
+        """Packed tokens of a variant in the layers after it."""
+        columns = self.columns(v)
+        if not columns:
+            return 0
+        return len(columns) if v.layer >= self.decoder.stop else self.sweep.columns - columns[0]
+
+    def chunk(self, variants: Sequence[Variant], at: int, budget: int) -> int:
+        """Where the batch that begins at ``at`` ends: variants of one layer, and one kind of entry."""
+        end, used = at, 0
+        head = variants[at]
+        while end < len(variants):
+            v = variants[end]
+            size = self.size(v)
+            if v.layer != head.layer or (v.column is None) != (head.column is None):
+                break
+            if used and used + size > budget:
+                break
+            used += size
+            end += 1
+        return end
+
+    def values(self, variants: Sequence[Variant]) -> Tensor:
+        """Metric values ``[n]`` float64 of one batch."""
+        base = self.readout.value(self.readout.base)
+        found = base.expand(len(variants)).clone()
+        parts: list[tuple[tuple[int, ...], list[int | None]]] = []
+        kept = []
+        for i, v in enumerate(variants):
+            columns = self.columns(v)
+            if not columns:
+                continue
+            kept.append(i)
+            if parts and parts[-1][0] == columns:
+                parts[-1][1].append(v.unit)
+            else:
+                parts.append((columns, [v.unit]))
+        if kept:
+            from emocircuits.sweep import attend
+
+            with attend.switched(self.sweep.handle):
+                entry = self.entry(variants[0].layer)
+                layer, packed = entry(parts, variants[0].column is not None)
+                packed = self.decoder.run(layer, packed)
+            found[torch.tensor(kept, device=found.device)] = self.readout(packed)
+        return found

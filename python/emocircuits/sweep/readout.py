@@ -1,0 +1,108 @@
+"""From what leaves the last layer that matters to the metric: only the columns and vocabulary rows that it reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from emocircuits.families import Handle
+from emocircuits.sweep.metrics import Metric
+from emocircuits.sweep.resume import Packed
+from emocircuits.sweep.trace import Trace
+
+
+class Readout:
+    """A metric on a model and a pair.
+
+    Attributes:
+        stop: the last layer that it reads through.
+        columns: columns read, ascending.
+        base: what is read of the base run, ``[1, columns, rows]``.
+        reference: the same of the clean run.
+    """
+
+    def __init__(self, handle: Handle, metric: Metric, clean: Trace, base: Trace) -> None:
+        self.handle, self.metric = handle, metric
+        total = len(handle.layers)
+        depth = total - 1 if metric.depth is None else metric.depth
+        if not -total <= depth < total:
+            raise ValueError(f"the metric reads layer {depth}, the model has {total}")
+        self.stop = depth % total
+        self.columns = metric.columns(clean.columns)
+        self.bias: Tensor | None = getattr(handle.unembed, "bias", None)
+        weight = handle.unembed.weight
+        assert isinstance(weight, Tensor)
+        size = int(weight.shape[0])
+        self.rows: Tensor | None = None
+        if metric.depth is None and metric.rows is not None:
+            if not all(0 <= r < size for r in metric.rows):
+                raise ValueError(f"the metric reads vocabulary rows {metric.rows}; the model has {size}")
+            self.rows = torch.tensor(metric.rows, device=weight.device)
+            self.weight = weight[self.rows].detach()
+        self.reference = self.of(clean)
+        self.base = self.of(base)
+
+    def of(self, run: Trace) -> Tensor:
+        """What is read of a run, ``[1, columns, rows]``."""
+        return self.read(run.layers[self.stop].resid_post[list(self.columns)])[None]
+
+    def read(self, x: Tensor) -> Tensor:
+        """Logits of the rows read, or the residual stream itself, of tokens ``[tokens, d_model]``."""
+        if self.metric.depth is not None:
+            return x
+        h = self.handle.norm(x)
+        if self.rows is None:
+            return finish(self.handle, self.handle.unembed(h))
+        bias = None if self.bias is None else self.bias[self.rows]
+        return finish(self.handle, linear(h, self.weight, bias))
+
+    def value(self, read: Tensor) -> Tensor:
+        """The metric of ``[n, columns, rows]``, ``[n]`` float64."""
+        work = torch.promote_types(read.dtype, torch.float32)
+        return self.metric(read.to(work), self.reference.to(work)).double()
+
+    def __call__(self, packed: Packed) -> Tensor:
+        """Values ``[variants]`` float64; columns that were not computed are the base run's."""
+        read, whole, start = self.read(packed.x), [], 0
+        for g in packed.groups:
+            if g.columns == self.columns:
+                whole.append(read[start : start + g.size].unflatten(0, (g.count, -1)))
+            else:
+                filled = self.base.expand(g.count, -1, -1).clone()
+                at = [i for i, c in enumerate(self.columns) if c in g.columns]
+                offsets = [g.columns.index(self.columns[i]) for i in at]
+                filled[:, at] = read[start : start + g.size].unflatten(0, (g.count, -1))[:, offsets]
+                whole.append(filled)
+            start += g.size
+        return self.value(torch.cat(whole))
+
+
+def finish(handle: Handle, logits: Tensor) -> Tensor:
+    """What models do with logits after the unembedding: scaling (Cohere, Granite) and a cap (Gemma 2)."""
+    config: Any = handle.text_config
+    scale = getattr(config, "logit_scale", None)
+    if scale is not None:
+        logits = logits * scale
+    divisor = getattr(config, "logits_scaling", None)
+    if divisor is not None:
+        logits = logits / divisor
+    cap = getattr(config, "final_logit_softcapping", None)
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def verify(handle: Handle, run: Trace, logits: Tensor) -> None:
+    """Check that a run's last residual stream gives the model's own logits.
+
+    Raises:
+        NotImplementedError: it does not: the model does something else after its last layer.
+    """
+    ours = finish(handle, handle.unembed(handle.norm(run.layers[-1].resid_post[-1:])))[0]
+    theirs = logits[-1]
+    if not torch.allclose(ours.float(), theirs.float(), rtol=2e-2, atol=2e-2 * float(theirs.float().abs().max())):
+        raise NotImplementedError(
+            f"logits of {type(handle.model).__name__} are not its final norm and unembedding of the last layer, so a "
+            "sweep cannot read them"
+        )

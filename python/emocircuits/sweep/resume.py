@@ -1,0 +1,307 @@
+"""Going on from a layer of the base run with a batch of variants, without computing again what they share.
+
+Tokens of all variants are packed into one row, each with its own column: norms, projections, rotary embedding and MLP
+of the family's own layer are computed token by token anyway, and attention, which is not, is ours. So no modeling code
+is copied, and variants of different length fill one matrix product.
+"""
+
+from __future__ import annotations
+
+import dataclasses as dc
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from emocircuits.families import Handle
+from emocircuits.sweep import attend
+from emocircuits.sweep.attend import Call, replaced, taking
+from emocircuits.sweep.trace import LayerTrace, Trace, first
+
+Parts = Sequence[tuple[nn.Module, Callable[..., Any]]]
+"""Modules and what they are replaced with."""
+
+
+@dc.dataclass(frozen=True)
+class Group:
+    """Variants that are computed in the same columns, all others being as in the base run.
+
+    Attributes:
+        columns: ascending; what is packed for each variant.
+        count: number of variants.
+    """
+
+    columns: tuple[int, ...]
+    count: int
+
+    @property
+    def size(self) -> int:  # noqa: D102
+        return len(self.columns) * self.count
+
+
+@dc.dataclass(frozen=True)
+class Packed:
+    """Residual stream ``[tokens, d_model]`` of groups, variant by variant.
+
+    ``point``: groups of one column, the only one in which the residual stream differs from the base run so far.
+    """
+
+    x: Tensor
+    groups: tuple[Group, ...]
+    point: bool
+
+
+class Decoder:
+    """The text decoder of one base run, entered where variants begin to differ.
+
+    Args:
+        handle: the model.
+        base: its run on the base prompt.
+        stop: the last layer to compute.
+        reads: columns of its output that are wanted.
+    """
+
+    def __init__(self, handle: Handle, base: Trace, stop: int, reads: tuple[int, ...]) -> None:
+        self.handle, self.base, self.stop, self.reads = handle, base, stop, reads
+        self.total = base.columns
+        self.device = base.layers[0].resid_pre.device
+        self._index: dict[tuple[Group, ...], Tensor] = {}
+        self._without: dict[tuple[int, int, tuple[int, ...]], tuple[Tensor, Tensor]] = {}
+        self.queries = handle.parts("query")
+
+    def index(self, groups: tuple[Group, ...]) -> Tensor:
+        """The column of every packed token."""
+        if groups not in self._index:
+            if len(self._index) > 64:
+                self._index.clear()
+            columns = [c for g in groups for c in g.columns * g.count]
+            self._index[groups] = torch.tensor(columns, device=self.device)
+        return self._index[groups]
+
+    def live(self, layer: int, column: int) -> tuple[int, ...]:
+        """Columns of a layer's output that a change from ``column`` on reaches and somebody reads."""
+        if layer == self.stop:
+            return tuple(c for c in self.reads if c >= column)
+        return tuple(range(column, self.total))
+
+    # ---- one layer, some of it given -----------------------------------------------------------------
+
+    def call(
+        self, layer: int, x: Tensor, index: Tensor, parts: Sequence[tuple[nn.Module, Callable[..., Any]]]
+    ) -> Tensor:
+        """The layer's own forward on packed tokens, with some of its modules replaced. ``[tokens, d_model]``."""
+        with replaced(parts):
+            return first(self.handle.layers[layer](x[None], **self.base.layers[layer].arguments(index)))[0]
+
+    def after_attention(self, layer: int, x: Tensor, groups: tuple[Group, ...], attention: Tensor) -> Tensor:
+        """What leaves the layer, when its attention module gave ``attention``."""
+        return self.call(layer, x, self.index(groups), [self.gives_attention(layer, attention)])
+
+    def gives_attention(self, layer: int, out: Tensor) -> tuple[nn.Module, Callable[..., Any]]:
+        """The attention module, giving ``out``."""
+        return self.handle.attentions[layer], _giving(out, self.base.layers[layer].attention_extra)
+
+    def gives_mlp(self, layer: int, out: Tensor) -> tuple[nn.Module, Callable[..., Any]]:
+        """The MLP, giving ``out``."""
+        return self.handle.mlps[layer], _giving(out, self.base.layers[layer].mlp_extra)
+
+    def project(self, layer: int, z: Tensor) -> Tensor:
+        """The output projection of head outputs ``[tokens, H * D]``."""
+        out: Tensor = self.handle.output_projections[layer](z[None])[0]
+        return out
+
+    def qkv(self, layer: int, x: Tensor, index: Tensor, wanted: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries ``[H, tokens, D]``, keys and values ``[H_kv, tokens, D]`` of packed tokens.
+
+        Args:
+            layer: which.
+            x: what enters it.
+            index: columns.
+            wanted: tokens whose queries are needed; None: all.
+        """
+        kept: list[Call] = []
+
+        def take(call: Call) -> Tensor:
+            kept.append(call)
+            return call.query.new_zeros(1, call.query.shape[2], call.query.shape[1], call.value.shape[-1])
+
+        attention = self.handle.attentions[layer]
+        nothing = torch.zeros_like(x)
+        parts = [
+            (self.handle.output_projections[layer], lambda *_: nothing[None]),
+            self.gives_mlp(layer, nothing),
+        ]
+        if wanted is not None and self.queries is not None:
+            query = self.queries[layer]
+            real = query.forward
+
+            def some(h: Tensor) -> Tensor:
+                q = real(h[:, wanted])
+                return q.new_zeros(1, h.shape[1], q.shape[-1]).index_copy(1, wanted, q)
+
+            parts.append((query, some))
+        with taking(attention, take):
+            self.call(layer, x, index, parts)
+        return kept[0].query[0], kept[0].key[0], kept[0].value[0]
+
+    # ---- from layer to layer --------------------------------------------------------------------------
+
+    def run(self, layer: int, packed: Packed) -> Packed:
+        """From what enters ``layer`` to what leaves `stop`, in the columns that are read."""
+        with attend.switched(self.handle):
+            for k in range(layer, self.stop + 1):
+                packed = self.point(k, packed) if packed.point else self.dense(k, packed)
+        return packed
+
+    def dense(self, layer: int, packed: Packed) -> Packed:
+        """One layer in which every column from the first changed one on may differ."""
+        record, groups = self.base.layers[layer], packed.groups
+        if layer < self.stop:
+
+            def take(call: Call) -> Tensor:
+                z = self._dense(record, groups, groups, call.query[0], call.key[0], call.value[0])
+                return z.view(1, z.shape[0], call.query.shape[1], -1)
+
+            with taking(self.handle.attentions[layer], take):
+                return Packed(self.call(layer, packed.x, self.index(groups), []), groups, False)
+        after = tuple(Group(self.live(layer, g.columns[0]), g.count) for g in groups)
+        tokens = self._tokens(groups, after)
+        q, k, v = self.qkv(layer, packed.x, self.index(groups), tokens)
+        z = self._dense(record, groups, after, q[:, tokens], k, v)
+        x = self.after_attention(layer, packed.x[tokens], after, self.project(layer, z))
+        return Packed(x, after, False)
+
+    def _tokens(self, groups: Sequence[Group], after: Sequence[Group]) -> Tensor:
+        """Which packed tokens are in the columns of ``after``."""
+        found, start = [], 0
+        for g, kept in zip(groups, after, strict=True):
+            offsets = [g.columns.index(c) for c in kept.columns]
+            n = len(g.columns)
+            found += [start + b * n + o for b in range(g.count) for o in offsets]
+            start += g.size
+        return torch.tensor(found, device=self.device)
+
+    def _dense(
+        self, record: LayerTrace, groups: Sequence[Group], after: Sequence[Group], q: Tensor, k: Tensor, v: Tensor
+    ) -> Tensor:
+        """Head outputs ``[tokens, H * D]`` of ``after``; keys and values before a group are the base run's."""
+        out = []
+        rows = [g.size for g in after]
+        live = [g.size for g in groups]
+        for g, kept, qg, kg, vg in zip(
+            groups, after, q.split(rows, 1), k.split(live, 1), v.split(live, 1), strict=True
+        ):
+            if not kept.size:
+                continue
+            start, b = g.columns[0], g.count
+            query = qg.unflatten(1, (b, -1)).transpose(0, 1)
+            key, value = (
+                torch.cat([old[:, :, :start].expand(b, -1, -1, -1), new.unflatten(1, (b, -1)).transpose(0, 1)], 2)
+                for old, new in ((record.k, kg), (record.v, vg))
+            )
+            mask = _rows(record, kept.columns)
+            z = attend.heads(query, key, value, mask, record.scaling, record.softcap)
+            out.append(z.transpose(1, 2).reshape(kept.size, -1))
+        return torch.cat(out)
+
+    def point(self, layer: int, packed: Packed) -> Packed:
+        """One layer into which every variant enters with one changed column: queries of the others are known."""
+        record, groups = self.base.layers[layer], packed.groups
+        q, k, v = self.qkv(layer, packed.x, self.index(groups))
+        zs, xs, after, start = [], [], [], 0
+        for g in groups:
+            p, b = g.columns[0], g.count
+            part = slice(start, start + b)
+            columns = self.live(layer, p)
+            start += b
+            if not columns:
+                after.append(Group((), b))
+                continue
+            z, x = [], []
+            later = tuple(c for c in columns if c > p)
+            if columns[0] == p:
+                z.append(self._own(record, p, q[:, part], k[:, part], v[:, part]))
+                x.append(packed.x[part, None])
+            if later:
+                z.append(self._later(layer, p, later, k[:, part], v[:, part]))
+                x.append(record.resid_pre[_span(later)].expand(b, -1, -1))
+            zs.append(torch.cat(z, 1).flatten(0, 1))
+            xs.append(torch.cat(x, 1).flatten(0, 1))
+            after.append(Group(columns, b))
+        found = tuple(after)
+        out = self.after_attention(layer, torch.cat(xs), found, self.project(layer, torch.cat(zs)))
+        return Packed(out, found, False)
+
+    def _own(self, record: LayerTrace, p: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Head outputs ``[B, 1, H * D]`` of the changed column: earlier keys are shared, its own is new."""
+        b = q.shape[1]
+        key, value = (
+            torch.cat([old[:, :, :p].expand(b, -1, -1, -1), new.transpose(0, 1)[:, :, None]], 2)
+            for old, new in ((record.k, k), (record.v, v))
+        )
+        z = attend.heads(
+            q.transpose(0, 1)[:, :, None], key, value, _rows(record, (p,), p + 1), record.scaling, record.softcap
+        )
+        return z.transpose(1, 2).flatten(2)
+
+    def _later(self, layer: int, p: int, columns: tuple[int, ...], k: Tensor, v: Tensor) -> Tensor:
+        """Head outputs ``[B, n, H * D]`` of known queries that meet one replaced key and value, those of ``p``.
+
+        What they gather from all other keys is the same for all variants and computed once, then merged with the new
+        key by log-sum-exp: exact, and nothing cancels however much weight the old key had.
+        """
+        record = self.base.layers[layer]
+        others, lse = self._others(layer, p, columns)  # [H, n, D], [H, n]
+        query = record.q[0][:, _span(columns)]
+        repeat = query.shape[0] // k.shape[0]
+        k, v = (x.repeat_interleave(repeat, 0) if repeat > 1 else x for x in (k, v))
+        work = lse.dtype
+        s = (k @ query.transpose(-1, -2)).to(work) * record.scaling  # [H, B, n]
+        if record.softcap is not None:
+            s = record.softcap * torch.tanh(s / record.softcap)
+        seen = _rows(record, columns, None)
+        if seen is not None:
+            at = seen[0, :, :, p]  # [1 or H, n]
+            if at.dtype == torch.bool:
+                s = s.masked_fill(~at[:, None], float("-inf"))
+            else:
+                s = (s + at[:, None]).masked_fill((at <= torch.finfo(at.dtype).min / 2)[:, None], float("-inf"))
+        # A query that sees nothing keeps nothing.
+        weight = torch.sigmoid((s - lse[:, None]).nan_to_num(float("-inf"), float("inf"), float("-inf")))
+        z = others[:, None] + weight[..., None].to(v.dtype) * (v[:, :, None] - others[:, None])
+        return z.permute(1, 2, 0, 3).flatten(2)
+
+    def _others(self, layer: int, p: int, columns: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Attention of known queries to all keys but that of ``p``: head outputs and log-sum-exp."""
+        key = (layer, p, columns)
+        if key not in self._without:
+            self._without.clear()
+            record = self.base.layers[layer]
+            q = record.q[:, :, _span(columns)]
+            s = attend.scores(q, record.k, _rows(record, columns), record.scaling, record.softcap)[0]
+            s = s.index_fill(-1, torch.tensor([p], device=s.device), float("-inf"))
+            v = record.v[0]
+            v = v.repeat_interleave(s.shape[0] // v.shape[0], 0)
+            self._without[key] = (s.softmax(-1).nan_to_num(0.0).to(v.dtype) @ v, s.logsumexp(-1))
+        return self._without[key]
+
+
+def _giving(out: Tensor, extra: int) -> Callable[..., Any]:
+    """A forward that gives ``out`` in the shape that the module's callers unpack."""
+    whole = out[None]
+    result: Any = whole if extra < 0 else (whole, *[None] * extra)
+    return lambda *_, **__: result
+
+
+def _span(columns: tuple[int, ...]) -> Any:
+    """Columns as a slice where they are one: no gather."""
+    if columns and columns[-1] - columns[0] + 1 == len(columns):
+        return slice(columns[0], columns[-1] + 1)
+    return list(columns)
+
+
+def _rows(record: LayerTrace, columns: tuple[int, ...], keys: int | None = None) -> Tensor | None:
+    """The mask's rows of some columns, cut to ``keys``."""
+    assert record.mask is not None
+    return record.mask[:, :, _span(columns), :keys]

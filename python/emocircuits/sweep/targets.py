@@ -1,0 +1,185 @@
+"""What is patched: where a variant enters, and with what."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from emocircuits.families import Handle
+from emocircuits.sweep.resume import Decoder, Group, Packed
+from emocircuits.sweep.trace import LayerTrace, Trace
+
+KINDS = ("heads", "neurons", "residual", "attn_out", "mlp_out")
+UNITS = {"heads": "head", "neurons": "group"}
+
+
+class Variant(NamedTuple):
+    """One patch: layer, column (None: all), and head or neuron group (None: the target has no parts)."""
+
+    layer: int
+    column: int | None
+    unit: int | None
+
+
+@dc.dataclass(frozen=True)
+class Target:
+    """A kind of patch.
+
+    Attributes:
+        kind: one of :data:`KINDS`.
+        groups: neurons of every group; empty for others.
+    """
+
+    kind: str
+    groups: tuple[tuple[int, ...], ...] = ()
+
+    def site(self, record: LayerTrace) -> Tensor:
+        """What is overwritten, ``[T, ...]``: ``[T, H, D]`` for heads, ``[T, F]`` for neurons, else ``[T, d_model]``."""
+        name = {"heads": "z", "neurons": "neurons", "residual": "resid_pre"}.get(self.kind, self.kind)
+        found = getattr(record, name)
+        assert isinstance(found, Tensor)
+        return found
+
+    @property
+    def mixes(self) -> bool:
+        """Whether attention of the patched layer still carries the change to later columns."""
+        return self.kind == "residual"
+
+
+def values(target: Target, source: LayerTrace, patch: str | Tensor, real: Tensor) -> Tensor:
+    """What patched places are set to, as :meth:`Target.site`.
+
+    Args:
+        target: the kind.
+        source: this layer in the run that patches come from.
+        patch: "clean" (that run's own values), "zero", "mean" (that run's mean over real columns), or a tensor that
+            broadcasts to the site.
+        real: ``[T]`` bool.
+
+    Raises:
+        ValueError: a tensor that does not broadcast.
+    """
+    site = target.site(source)
+    if isinstance(patch, Tensor):
+        try:
+            return patch.to(site).expand_as(site)
+        except RuntimeError as error:
+            raise ValueError(
+                f"patch_with is {list(patch.shape)}, which does not broadcast to {list(site.shape)}"
+            ) from error
+    if patch == "zero":
+        return torch.zeros_like(site)
+    if patch == "mean":
+        return site[real].mean(0, keepdim=True).expand_as(site)
+    return site
+
+
+def rows(projection: torch.nn.Module) -> Tensor:
+    """The weight of a projection as ``[in, out]``.
+
+    Raises:
+        NotImplementedError: not a plain linear layer (quantised, or with an adapter).
+    """
+    if isinstance(projection, Conv1D):
+        return projection.weight.detach()
+    if type(projection) is torch.nn.Linear:
+        return projection.weight.detach().T
+    raise NotImplementedError(
+        f"a {type(projection).__name__} in place of a linear layer; merge adapters or load the model unquantised"
+    )
+
+
+class Entry:
+    """Packed variants of one layer and one target, ready to be resumed at the next layer (or at this one).
+
+    Args:
+        handle: the model.
+        decoder: of the base run.
+        target: what is patched.
+        layer: where.
+        patched: what it is set to, from :func:`values`.
+    """
+
+    def __init__(self, handle: Handle, decoder: Decoder, target: Target, layer: int, patched: Tensor) -> None:
+        self.handle, self.decoder, self.target, self.layer = handle, decoder, target, layer
+        self.record = decoder.base.layers[layer]
+        self.patched = patched
+
+    def columns(self, column: int | None, start: int) -> tuple[int, ...]:
+        """The columns in which the patch is made and somebody looks; empty: it changes nothing."""
+        found = tuple(range(start, self.decoder.total)) if column is None else (column,)
+        if self.layer == self.decoder.stop and not self.target.mixes:
+            return tuple(c for c in found if c in self.decoder.reads)
+        return found if any(r >= found[0] for r in self.decoder.reads) else ()
+
+    def __call__(
+        self, parts: Sequence[tuple[tuple[int, ...], Sequence[int | None]]], point: bool
+    ) -> tuple[int, Packed]:
+        """Enter.
+
+        Args:
+            parts: for each group of variants the columns patched and the units.
+            point: whether each is one column.
+
+        Returns:
+            The layer to go on at, and what enters it.
+        """
+        groups = tuple(Group(columns, len(units)) for columns, units in parts)
+        kind, record = self.target.kind, self.record
+        index = self.decoder.index(groups)
+        if kind == "residual":
+            return self.layer, Packed(self.patched[index], groups, point)
+        x = record.resid_pre[index]
+        if kind in ("heads", "neurons"):
+            delta = torch.cat([self._delta(columns, units) for columns, units in parts])
+        if kind == "heads":
+            out = self.decoder.after_attention(self.layer, x, groups, record.attention[index] + delta)
+        else:
+            known = [self.decoder.gives_attention(self.layer, record.attention[index])]
+            if kind == "neurons":
+                known.append(self.decoder.gives_mlp(self.layer, record.mlp[index] + delta))
+            else:
+                if kind == "mlp_out":
+                    known.append(self.decoder.gives_mlp(self.layer, record.mlp[index]))
+                site = self.handle.sites[kind][self.layer]
+                if site is self.handle.attentions[self.layer]:
+                    known = [self.decoder.gives_attention(self.layer, self.patched[index])]
+                elif site is self.handle.mlps[self.layer]:
+                    known[-1] = self.decoder.gives_mlp(self.layer, self.patched[index])
+                else:
+                    given = self.patched[index][None]
+                    known.append((site, lambda *_, **__: given))
+            out = self.decoder.call(self.layer, x, index, known)
+        return self.layer + 1, Packed(out, groups, point)
+
+    def _delta(self, columns: tuple[int, ...], units: Sequence[int | None]) -> Tensor:
+        """What a patch adds to the output of attention or MLP, ``[variants * columns, d_model]``."""
+        at = list(columns)
+        if self.target.kind == "heads":
+            change = (self.patched[at] - self.record.z[at]).transpose(0, 1)  # [H, n, D]
+            weight = rows(self.handle.output_projections[self.layer]).unflatten(0, (change.shape[0], -1))
+            chosen = [u for u in units if u is not None]
+            whole = chosen == list(range(change.shape[0]))
+            added = change @ weight if whole else change[chosen] @ weight[chosen]
+            return added.flatten(0, 1)
+        assert self.record.neurons is not None
+        change = self.patched[at] - self.record.neurons[at]
+        weight = rows(self.handle.down_projections[self.layer])
+        parts = []
+        for unit in units:
+            assert unit is not None
+            group = self.target.groups[unit]
+            span = slice(group[0], group[-1] + 1) if group[-1] - group[0] + 1 == len(group) else list(group)
+            parts.append(change[:, span] @ weight[span])
+        return torch.cat(parts)
+
+
+def first_difference(clean: Trace, corrupt: Trace) -> int:
+    """The first column whose input to the decoder differs between the runs; the number of columns if none does."""
+    differ = (clean.layers[0].resid_pre != corrupt.layers[0].resid_pre).any(-1)
+    return int(differ.int().argmax()) if bool(differ.any()) else clean.columns

@@ -1,0 +1,199 @@
+"""One complete run of one prompt that keeps what a sweep needs of it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses as dc
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from emocircuits.families import Handle
+from emocircuits.sweep import attend
+
+# Arguments of a decoder layer that have an entry for every column, and in which dimension.
+BY_COLUMN = {"position_embeddings": -2, "position_ids": -1, "cache_position": -1, "text_position_ids": -1}
+DROPPED = ("attention_mask", "past_key_values", "past_key_value", "layer_past")
+
+
+@dc.dataclass
+class LayerTrace:
+    """What one layer computed, in ``T`` columns.
+
+    ``resid_pre``, ``resid_post``, ``attention`` (the module's output), ``attn_out`` (what is added to the residual
+    stream: not the same where a norm is between), ``mlp`` and ``mlp_out`` are ``[T, d_model]``; ``q`` ``[1, H, T, D]``,
+    ``k`` and ``v`` ``[1, H_kv, T, D]`` as attention gets them, after rotary embedding; ``z`` ``[T, H, D]``; ``neurons``
+    ``[T, F]``, None for mixtures of experts.
+    """
+
+    resid_pre: Tensor = None  # type: ignore[assignment]
+    resid_post: Tensor = None  # type: ignore[assignment]
+    attention: Tensor = None  # type: ignore[assignment]
+    attn_out: Tensor = None  # type: ignore[assignment]
+    mlp: Tensor = None  # type: ignore[assignment]
+    mlp_out: Tensor = None  # type: ignore[assignment]
+    q: Tensor = None  # type: ignore[assignment]
+    k: Tensor = None  # type: ignore[assignment]
+    v: Tensor = None  # type: ignore[assignment]
+    z: Tensor = None  # type: ignore[assignment]
+    neurons: Tensor | None = None
+    projected: Tensor | None = None
+    mask: Tensor | None = None
+    scaling: float = 1.0
+    softcap: float | None = None
+    kwargs: dict[str, Any] = dc.field(default_factory=dict)
+    attention_extra: int = 0
+    mlp_extra: int = 0
+
+    def arguments(self, columns: Tensor) -> dict[str, Any]:
+        """The layer's arguments for tokens that stand in ``columns`` ``[N]``, all in one row."""
+        found: dict[str, Any] = {}
+        for name, value in self.kwargs.items():
+            dim = BY_COLUMN.get(name)
+            if dim is None or value is None:
+                found[name] = value
+            elif isinstance(value, Tensor):
+                found[name] = value.index_select(dim, columns)
+            else:
+                found[name] = tuple(part.index_select(dim, columns) for part in value)
+        return found
+
+
+@dc.dataclass
+class Trace:
+    """A whole run: its layers, and the rotary, mask and unembedding facts that a resumed run shares."""
+
+    layers: list[LayerTrace]
+    columns: int
+
+
+def first(output: Any) -> Tensor:
+    """The tensor of a module's output."""
+    tensor: Tensor = output[0] if isinstance(output, tuple) else output
+    return tensor
+
+
+def refuse_hooks(handle: Handle) -> None:
+    """A resumed layer sees many variants in one row: hooks written for prompts would do something else there.
+
+    Raises:
+        ValueError: there are hooks in the text decoder that are not transformers' own.
+    """
+    for name, module in handle.text.named_modules():
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+            if not str(getattr(hook, "__module__", "")).startswith(("transformers", "accelerate")):
+                raise ValueError(f"{name or 'the text decoder'} has a forward hook; remove it before a sweep")
+
+
+@torch.no_grad()
+def trace(handle: Handle, inputs: Mapping[str, Any], side: str) -> tuple[Trace, Tensor]:
+    """Run the model once.
+
+    Returns:
+        The trace, and the model's logits ``[T, vocabulary]``.
+
+    Raises:
+        ValueError: activations that are not finite, or a model in training mode.
+        NotImplementedError: a layer that a sweep cannot resume exactly; the message says why.
+    """
+    if any(m.training for m in handle.text.modules()):
+        raise ValueError("the model is in training mode; call model.eval() before a sweep")
+    layers = [LayerTrace() for _ in handle.layers]
+    calls = [0] * len(layers)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(attend.switched(handle))
+        for i, record in enumerate(layers):
+            _watch(stack, handle, i, record, calls)
+        output = handle.model(**{**inputs, "use_cache": False})
+    for i, record in enumerate(layers):
+        _check(handle, i, record, calls[i], side)
+        if i and not torch.equal(record.resid_pre, layers[i - 1].resid_post):
+            raise NotImplementedError(
+                f"the text decoder changes the residual stream between layers {i - 1} and {i} (as DeepStack does); a "
+                "sweep cannot resume there yet"
+            )
+    logits = output.logits if hasattr(output, "logits") else output[0]
+    return Trace(layers, int(layers[0].resid_pre.shape[0])), logits[0]
+
+
+def _watch(stack: contextlib.ExitStack, handle: Handle, i: int, record: LayerTrace, calls: list[int]) -> None:
+    def take(call: attend.Call) -> Tensor:
+        calls[i] += 1
+        record.q, record.k, record.v, record.mask = call.query, call.key, call.value, call.mask
+        record.scaling, record.softcap = call.scaling, call.softcap
+        mask = visible(call.mask, call.query) if call.mask is None else call.mask
+        z = attend.heads(call.query, call.key, call.value, mask, call.scaling, call.softcap).transpose(1, 2)
+        record.z = z[0]
+        return z.contiguous()
+
+    stack.enter_context(attend.taking(handle.attentions[i], take))
+    layer = handle.layers[i]
+    names = list(inspect.signature(layer.forward).parameters)
+
+    def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        record.resid_pre = given.pop(names[0])[0]
+        for name, value in given.items():
+            parts = value if isinstance(value, tuple | list) else (value,)
+            tensors = any(isinstance(p, Tensor) for p in parts)
+            if tensors and name not in BY_COLUMN and name not in DROPPED:
+                raise NotImplementedError(f"layer {i} takes {name}, which a sweep does not know how to cut to columns")
+        record.kwargs = {k: None if k in DROPPED else v for k, v in given.items()}
+
+    def keep(module: nn.Module, name: str, extra: str | None = None) -> None:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            setattr(record, name, first(output)[0])
+            if extra is not None:
+                setattr(record, extra, len(output) - 1 if isinstance(output, tuple) else -1)
+
+        stack.callback(module.register_forward_hook(hook).remove)
+
+    stack.callback(layer.register_forward_pre_hook(enter, with_kwargs=True).remove)
+    keep(layer, "resid_post")
+    keep(handle.attentions[i], "attention", "attention_extra")
+    keep(handle.mlps[i], "mlp", "mlp_extra")
+    keep(handle.output_projections[i], "projected")
+    for site in ("attn_out", "mlp_out"):
+        keep(handle.sites[site][i], site)
+    if handle.geometry.neurons:
+
+        def neurons(_: nn.Module, args: Any) -> None:
+            record.neurons = args[0][0]
+
+        stack.callback(handle.down_projections[i].register_forward_pre_hook(neurons).remove)
+
+
+def visible(mask: Tensor | None, like: Tensor) -> Tensor:
+    """A mask of the whole prompt ``[1, 1 or H, T, T]``: transformers leaves a plain causal one out."""
+    if mask is not None:
+        return mask
+    total = like.shape[-2]
+    return torch.ones(total, total, dtype=torch.bool, device=like.device).tril()[None, None]
+
+
+def _check(handle: Handle, i: int, record: LayerTrace, calls: int, side: str) -> None:
+    if calls != 1:
+        raise NotImplementedError(f"layer {i} called transformers' attention interface {calls} times, expected once")
+    total = record.resid_pre.shape[0]
+    if record.k.shape[2] != total:
+        raise NotImplementedError(f"layer {i} attends to {record.k.shape[2]} keys in a prompt of {total} columns")
+    mask = record.mask
+    if mask is not None:
+        seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        if seen.shape[-2:] != (total, total) or bool(seen.triu(1).any()):
+            raise NotImplementedError(
+                f"layer {i} attends to later columns (as Gemma 3 does inside an image), so a patch also changes "
+                "columns before it; a sweep is exact for causal attention only"
+            )
+    if record.projected is None or not torch.equal(record.projected, record.attention):
+        raise NotImplementedError(f"attention of layer {i} does something after its output projection")
+    for name in ("resid_pre", "q", "k", "v", "z", "attention", "mlp", "resid_post"):
+        if not bool(torch.isfinite(getattr(record, name)).all()):
+            raise ValueError(
+                f"{name} of layer {i} in the {side} run has NaN or infinite values; nothing can be measured"
+            )
+    record.mask = visible(mask, record.q)
+    record.projected = None
