@@ -23,13 +23,14 @@ def place(model, kind, layer):
     """The module, and whether its input (else output) is patched."""
     layers, (attention, projection, mlp, down) = _layers(model)
     block = layers[layer]
-    return {
-        "heads": (block.get_submodule(projection), True),
-        "neurons": (block.get_submodule(down), True),
-        "residual": (block, True),
-        "attn_out": (block.get_submodule(attention), False),
-        "mlp_out": (block.get_submodule(mlp), False),
+    path, enters = {
+        "heads": (projection, True),
+        "neurons": (down, True),
+        "residual": ("", True),
+        "attn_out": (attention, False),
+        "mlp_out": (mlp, False),
     }[kind]
+    return block.get_submodule(path), enters
 
 
 @torch.no_grad()

@@ -7,11 +7,12 @@ import functools
 import pytest
 import sweep_oracle as oracle
 import torch
-from models import BOS, VOCAB, batch, build, prompt
-from transformers import GPT2Config, GPT2LMHeadModel
+from models import BOS, IMAGE, PAD, VOCAB, batch, build, prompt
+from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 from emocircuits.sweep.api import Sweep
-from emocircuits.sweep.metrics import logit_diff
+from emocircuits.sweep.metrics import kl, log_prob, logit_diff, projection
+from emocircuits.sweep.resume import Decoder
 
 A, B = 11, 23
 FAMILIES = ("llama", "qwen2", "gpt2", "llava", "llama-padded", "llava-padded")
@@ -91,3 +92,249 @@ def test_families(kind, positions, target):
     values = found.values if layers is None else found.values[layers]
     agree(values, expected, 1e-10, found.gap)
     assert found.axes == ("layer", *(["pos"] if positions == "each" else []), *(["head"] if units else []))
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2", "llava-padded"])
+@pytest.mark.parametrize("positions", ["all", "each"])
+@pytest.mark.parametrize("target", ["neurons", "attn_out", "mlp_out"])
+def test_targets(kind, positions, target):
+    model, clean, corrupt = pair(kind)
+    sweep = Sweep(model, clean, corrupt, logit_diff(A, B), progress=False)
+    width = sweep.handle.geometry.neurons
+    groups = [[0, 5, 7], list(range(8, width // 2)), list(range(width // 2, width))]
+    options = {"groups": groups} if target == "neurons" else {}
+    layers = [1, 2] if kind.startswith("llava") else [0, 1, 2]
+    found = getattr(sweep, target)(positions=positions, layers=layers, **options)
+    units = groups if options else None
+    expected = oracle.sweep(model, corrupt, clean, target, difference, positions, units, layers=layers)
+    agree(found.values, expected, 1e-10, found.gap)
+
+
+TARGETS = ("heads", "neurons", "residual", "attn_out", "mlp_out")
+
+
+@pytest.mark.parametrize("kind", ["llama-padded", "gpt2"])
+@pytest.mark.parametrize("patch", ["clean", "zero", "mean", "vector"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_noise_and_fillings(kind, patch, target):
+    model, clean, corrupt = pair(kind)
+    units = {"heads": HEADS, "neurons": [slice(0, 16), slice(16, None)]}.get(target)
+    real = clean["attention_mask"][0].bool()
+    vector = torch.randn(128, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    fill = {
+        "clean": None,
+        "zero": torch.zeros_like,
+        "mean": lambda x: x[real].mean(0, keepdim=True).expand_as(x),
+        "vector": lambda x: vector[: x.shape[-1]].expand_as(x),
+    }[patch]
+    given = patch
+    if patch == "vector":
+        given = vector[: model_width(model) if target == "neurons" else 32]
+        given = given.view(4, 8) if target == "heads" else given
+    sweep = Sweep(model, clean, corrupt, logit_diff(A, B), direction="noise", patch_with=given, progress=False)
+    for positions in ("all", "each"):
+        options = {"groups": [list(range(16)), list(range(16, model_width(model)))]} if target == "neurons" else {}
+        found = getattr(sweep, target)(positions=positions, **options)
+        expected = oracle.sweep(model, clean, corrupt, target, difference, positions, units, fill)
+        agree(found.values, expected, 1e-10, found.gap)
+
+
+def model_width(model):
+    return getattr(model.config, "intermediate_size", None) or 4 * model.config.hidden_size
+
+
+def log_probability(logits, pos):
+    return logits[0, pos].log_softmax(-1)[A]
+
+
+@torch.no_grad()
+def test_metrics():
+    model, clean, corrupt = pair("qwen2")
+    wanted = model(**clean).logits[0, 5].log_softmax(-1)
+    direction = torch.randn(32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    metrics = [
+        (logit_diff(A, B, pos=5), lambda x: x[0, 5, A] - x[0, 5, B]),
+        (log_prob(A, pos=-2), lambda x: log_probability(x, -2)),
+        (kl(pos=5), lambda x: (wanted.exp() * (wanted - x[0, 5].log_softmax(-1))).sum()),
+        (lambda x: x[0, 3:7, A].sum() - x[0, -1].max(), lambda x: x[0, 3:7, A].sum() - x[0, -1].max()),
+    ]
+    for metric, plain in metrics:
+        sweep = Sweep(model, clean, corrupt, metric, progress=False)
+        assert abs(sweep.clean - float(plain(model(**clean).logits))) < 1e-10
+        assert abs(sweep.corrupt - float(plain(model(**corrupt).logits))) < 1e-10
+        for target in ("heads", "residual", "mlp_out"):
+            units = HEADS if target == "heads" else None
+            found = getattr(sweep, target)(positions="each")
+            agree(found.values, oracle.sweep(model, corrupt, clean, target, plain, "each", units), 1e-10, found.gap)
+    for layer in (0, 1, 2):
+        # What leaves a layer is read by a hook on it, not from logits.
+        seen = []
+        hook = model.model.layers[layer].register_forward_hook(lambda m, a, o, s=seen: s.append(o[0, -1] @ direction))
+        expected = oracle.sweep(model, corrupt, clean, "heads", lambda _, s=seen: s[-1], "each", HEADS)
+        hook.remove()
+        sweep = Sweep(model, clean, corrupt, projection(direction, layer), progress=False)
+        agree(sweep.heads(positions="each").values, expected, 1e-10, sweep.clean - sweep.corrupt)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2", "llava", "llama-padded"])
+def test_float32(kind):
+    model = pair(kind)[0]
+    name = kind.partition("-")[0]
+    small = model_of(name, torch.float32)
+    small.load_state_dict({k: v.float() for k, v in model.state_dict().items()})
+    _, clean, corrupt = pair(kind, torch.float32)
+    sweep = Sweep(small, clean, corrupt, logit_diff(A, B), progress=False)
+    layers = [1] if name == "llava" else [0, 1, 2]
+    for target in ("heads", "residual"):
+        units = HEADS if target == "heads" else None
+        found = getattr(sweep, target)(positions="each", layers=layers)
+        expected = oracle.sweep(small, corrupt, clean, target, difference, "each", units, layers=layers)
+        agree(found.values, expected, 2e-5, found.gap)
+
+
+def test_only_what_changes_something_is_run(monkeypatch):
+    model, clean, corrupt = pair("llama")
+    sweep = Sweep(model, clean, corrupt, logit_diff(A, B), progress=False)
+    assert sweep.first == 3
+    kind, passes = type(model.model.layers[0].mlp), []
+    forward = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, x: passes.append(x.shape[1]) or forward(self, x))
+    same = sweep.heads(positions=[0, 1, 2]), sweep.heads(positions=[3, -2], layers=[2])
+    assert not passes
+    assert all(bool((found.values == sweep.corrupt).all()) for found in same)
+    sweep.residual(positions=[5], layers=[1])
+    assert passes == [sweep.columns - 5, 1]  # one changed column enters layer 1; layer 2 gives one
+
+
+def test_batches_are_the_same_table():
+    model, clean, corrupt = pair("qwen2")
+    tables = [
+        Sweep(model, clean, corrupt, logit_diff(A, B), batch=b, progress=False).heads(positions="each").values
+        for b in (1, 3, None)
+    ]
+    torch.testing.assert_close(tables[0], tables[2], rtol=0, atol=1e-10)
+    torch.testing.assert_close(tables[1], tables[2], rtol=0, atol=1e-10)
+
+
+def test_out_of_memory_halves_the_batch(monkeypatch):
+    model, clean, corrupt = pair("llama")
+    expected = Sweep(model, clean, corrupt, logit_diff(A, B), progress=False).residual(positions="each").values
+    real, sizes = Decoder.run, []
+
+    def run(self, layer, packed):
+        sizes.append(len(packed.x))
+        if sizes[-1] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, layer, packed)
+
+    monkeypatch.setattr(Decoder, "run", run)
+    sweep = Sweep(model, clean, corrupt, logit_diff(A, B), batch=64, progress=False)
+    torch.testing.assert_close(sweep.residual(positions="each").values, expected, rtol=0, atol=1e-10)
+    assert max(sizes) > 2 >= sizes[-1]
+
+
+def test_sliding_window_is_exact():
+    model = build("text", "mistral", dtype=torch.float64, sliding_window=4)
+    clean = prompt(model, 8, 0, sizes=[])
+    corrupt = {k: v.clone() for k, v in clean.items()}
+    corrupt["input_ids"][0, 2] = 50
+    sweep = Sweep(model, clean, corrupt, logit_diff(A, B), progress=False)
+    for target in ("heads", "residual"):
+        units = HEADS if target == "heads" else None
+        found = getattr(sweep, target)(positions="each")
+        agree(found.values, oracle.sweep(model, corrupt, clean, target, difference, "each", units), 1e-10, found.gap)
+
+
+def test_the_model_is_left_as_it_was():
+    model, clean, corrupt = pair("llava")
+    logits, config = model(**clean).logits, model.config.text_config._attn_implementation
+    before = [(sorted(m.__dict__), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
+    Sweep(model, clean, corrupt, logit_diff(A, B), progress=False).heads()
+    assert model.config.text_config._attn_implementation == config
+    assert torch.equal(model(**clean).logits, logits)
+    after = [(sorted(m.__dict__), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
+    assert after == before
+
+
+def test_the_vision_tower_runs_once_an_image():
+    model, clean, corrupt = pair("llava")
+    seen = []
+    hook = model.model.vision_tower.register_forward_hook(lambda *_: seen.append(1))
+    sweep = Sweep(model, clean, corrupt, logit_diff(A, B), progress=False)
+    sweep.heads(positions="each")
+    hook.remove()
+    assert len(seen) == 2
+
+
+def test_positions():
+    model, clean, corrupt = pair("llava-padded")
+    sweep = Sweep(model, clean, corrupt, logit_diff(A, B), progress=False)
+    visual = sweep.residual(positions="visual", layers=[0])
+    columns = (clean["input_ids"][0] == IMAGE).nonzero().flatten().tolist()
+    assert visual.labels["pos"] == columns
+    each = sweep.residual(positions="each", layers=[0]).values
+    torch.testing.assert_close(visual.values, each[:, columns], rtol=0, atol=1e-10)
+    assert sweep.residual(positions=[-1], layers=[0]).labels["pos"] == [sweep.columns - 1]
+
+
+def test_refusals():
+    model, clean, corrupt = pair("llama")
+
+    difference = logit_diff(A, B)
+
+    def sweep(*, clean=clean, corrupt=corrupt, metric=difference, model=model, **more):
+        return Sweep(model, clean, corrupt, metric, progress=False, **more)
+
+    shorter = {k: v[:, 1:] for k, v in corrupt.items()}
+    with pytest.raises(ValueError, match="different token length"):
+        sweep(corrupt=shorter)
+    with pytest.raises(ValueError, match="outside a prompt"):
+        sweep(metric=logit_diff(A, B, pos=sum(corrupt["input_ids"].shape)))
+    with pytest.raises(ValueError, match="expected columns inside"):
+        sweep().heads(positions=[99])
+    with pytest.raises(ValueError, match="vocabulary rows"):
+        sweep(metric=logit_diff(A, VOCAB))
+    with pytest.raises(ValueError, match="attention_mask differs"):
+        sweep(
+            corrupt={**corrupt, "attention_mask": torch.cat([torch.zeros(1, 1), corrupt["attention_mask"][:, 1:]], 1)}
+        )
+    with pytest.raises(ValueError, match="one pair at a time"):
+        sweep(corrupt={k: v.repeat(2, 1) for k, v in corrupt.items()})
+    with pytest.raises(ValueError, match="does not broadcast"):
+        sweep(patch_with=torch.zeros(5)).heads()
+    with pytest.raises(ValueError, match="no token of the prompt"):
+        sweep().heads(positions="visual")
+    made = sweep()
+    hook = model.model.layers[0].register_forward_hook(lambda *_: None)
+    for late in (sweep, made.heads):
+        with pytest.raises(ValueError, match="forward hook"):
+            late()
+    hook.remove()
+    llava, with_image, other = pair("llava")
+    without = {k: v for k, v in other.items() if k != "pixel_values"}
+    with pytest.raises(ValueError, match="an image on one side only"):
+        Sweep(llava, with_image, without, logit_diff(A, B))
+    broken = build("text", dtype=torch.float64)
+    with torch.no_grad():
+        broken.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="mlp of layer 1 in the clean run has NaN"):
+        sweep(model=broken)
+    broken.train()
+    with pytest.raises(ValueError, match="training mode"):
+        sweep(model=broken)
+
+
+def test_neurons_of_experts_are_refused():
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=2, sliding_window=None, pad_token_id=PAD, bos_token_id=BOS,
+        experts_implementation="eager",
+    )  # fmt: skip
+    model = MixtralForCausalLM(config).double().eval()
+    _, clean, corrupt = pair("llama")
+    sweep = Sweep(model, clean, corrupt, logit_diff(A, B), progress=False)
+    with pytest.raises(NotImplementedError, match="mixtures of experts"):
+        sweep.neurons()
+    found = sweep.heads(positions="each")
+    agree(found.values, oracle.sweep(model, corrupt, clean, "heads", difference, "each", HEADS), 1e-10, found.gap)

@@ -211,6 +211,7 @@ class Sweep:
         self, target: Target, units: Sequence[int | None], positions: Positions, layers: Sequence[int] | None
     ) -> SweepResult:
         variants, axes, labels = self.variants(target, units, positions, layers)
+        refuse_hooks(self.handle)
         # A tensor that does not fit is refused before the first patch.
         values(target, self.source.layers[0], self.patch_with, self.real)
         what = {
