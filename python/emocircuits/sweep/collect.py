@@ -44,13 +44,14 @@ def collect(
     # Variants that cost nothing still move the bar.
     total = sum(weights)
     weights = [w + 1e-6 * (total / len(variants) or 1.0) for w in weights]
+    total = sum(weights)
     with contextlib.ExitStack() as stack:
         done = {} if store is None else dict(stack.enter_context(store).done)
         todo = [i for i in range(len(variants)) if i not in done]
         name = str((meta or {}).get("target", "sweep"))
         bar = stack.enter_context(
             tqdm(
-                total=sum(weights),
+                total=total,
                 desc=name,
                 disable=not progress,
                 bar_format=FORMAT,
@@ -67,7 +68,8 @@ def collect(
             done.update(new)
             if store is not None:
                 store.add(new)
-            bar.update(sum(weights[i] for i in chunk))
+            # Not beyond the total by a rounding error.
+            bar.update(min(sum(weights[i] for i in chunk), total - bar.n))
             bar.set_postfix_str(f"{len(done)}/{len(variants)} patches")
     missing = len(variants) - len(done)
     if missing:

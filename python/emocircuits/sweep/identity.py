@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import types
+import weakref
 from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
@@ -16,6 +17,10 @@ from torch import Tensor, nn
 STEP = 1 << 26  # bytes hashed at a time: a large layer on a GPU is not copied as a whole
 # Where a model was loaded from, and by what, is not what it computes.
 UNRELATED = ("_name_or_path", "name_or_path", "transformers_version", "torch_dtype", "dtype", "_commit_hash")
+
+
+# Weights hashed before, as long as nobody wrote into them: hashing a large model takes longer than a short sweep.
+_KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[Any, str]] = weakref.WeakKeyDictionary()
 
 
 def hash_tensor(tensor: Tensor) -> str:
@@ -30,22 +35,36 @@ def hash_tensor(tensor: Tensor) -> str:
 
 def hash_model(model: nn.Module) -> dict[str, str]:
     """Class, SHA-256 of the config, and SHA-256 over names, shapes, dtypes and values of all weights."""
-    weights = hashlib.sha256()
-    seen: dict[tuple[int, tuple[int, ...], tuple[int, ...], torch.dtype], str] = {}
-    for name, tensor in sorted(model.state_dict().items()):
-        # Tied weights are hashed once.
-        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
-        if key not in seen or not tensor.data_ptr():
-            seen[key] = hash_tensor(tensor)
-        weights.update(f"{name} {seen[key]}".encode())
     config = getattr(model, "config", None)
     settings = _without(config.to_dict()) if config is not None else {}
     text = json.dumps(settings, sort_keys=True, default=str)
     return {
         "class": type(model).__name__,
         "config": hashlib.sha256(text.encode()).hexdigest(),
-        "weights": weights.hexdigest(),
+        "weights": _hash_weights(model),
     }
+
+
+def _hash_weights(model: nn.Module) -> str:
+    state = sorted(model.state_dict(keep_vars=True).items())
+    # In-place writes raise a tensor's version; inference tensors have none and are hashed each time.
+    now = None
+    if not any(t.is_inference() for _, t in state):
+        now = [(name, t.data_ptr(), t._version, t.dtype, tuple(t.shape)) for name, t in state]
+    known = _KNOWN.get(model)
+    if known is not None and now is not None and known[0] == now:
+        return known[1]
+    weights = hashlib.sha256()
+    seen: dict[tuple[int, tuple[int, ...], tuple[int, ...], torch.dtype], str] = {}
+    for name, tensor in state:
+        # Tied weights are hashed once.
+        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        if key not in seen or not tensor.data_ptr():
+            seen[key] = hash_tensor(tensor)
+        weights.update(f"{name} {seen[key]}".encode())
+    found = weights.hexdigest()
+    _KNOWN[model] = (now, found)
+    return found
 
 
 def _without(settings: Any) -> Any:

@@ -1,0 +1,174 @@
+# ruff: noqa: E402 - the environment is set before torch is imported
+"""What exact activation patching costs here and elsewhere: the sweep engine, hook loops, and the libraries people use.
+
+    python bench/sweep.py [--jobs heads,heads-each,...] [--columns 64] [--rounds 5] [--seconds S] [--json FILE]
+                          [--layers 8 --width 512 --heads 8 --kv-heads 8 --neurons 1408 --vocabulary 8192]
+
+Everything runs in one process, on one thread, on the same random weights and the same prompts (they differ at four
+places, the first at column 4), and reads the same logit difference at the last column. First every contender patches
+the same sample, and its numbers must agree with a plain one-patch-at-a-time hook loop to 2e-5 of their range; only then
+is anything timed. Contenders take turns, and the order turns too. A hook loop costs the same for every patch, so it is
+timed on slices of the sweep; the engine's cost depends on layer and position, so it always runs the whole sweep. Times
+are CPU time of the process: on a shared machine what others do changes the clock, and this less. Every round also times
+a matrix product of the MLP's shape, and the table says which share of the bound "least FLOPs at that rate" is reached.
+
+TransformerLens, nnsight and pyvene take part where they are installed (`pip install 'emokernels[peers]'`). PIP_NO_INDEX
+is set for this process: TransformerLens installs packages by itself otherwise.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["PIP_NO_INDEX"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "python")]
+warnings.filterwarnings("ignore")
+
+import torch
+from sweep_contenders import CONTENDERS, JOBS, Unavailable, Workload
+
+from emocircuits.environment import provenance
+from emocircuits.families import open_model
+from emocircuits.sweep.planner import Shape, forecast
+
+TOLERANCE = 2e-5
+"""Largest difference from the hook loop, as a share of the range of its values."""
+PEERS = ("transformer-lens", "nnsight", "pyvene")
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", default=",".join(JOBS), help=f"some of {', '.join(JOBS)}")
+    parser.add_argument("--only", help="contenders, by name (default: all that are installed)")
+    parser.add_argument("--columns", type=int, default=64, help="tokens of a prompt (default 64)")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of every contender (default 5)")
+    parser.add_argument("--slice", type=int, default=32, help="patches of a contender in a round (default 32)")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    sizes = dict(layers=8, width=512, heads=8, kv_heads=8, neurons=1408, vocabulary=8192, groups=16)
+    for name, size in sizes.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=size, help=f"(default {size})")
+    return parser.parse_args()
+
+
+def agree(found: list[float], expected: list[float], name: str) -> float:
+    """Largest difference as a share of the range; too large ends the program."""
+    span = max(expected) - min(expected)
+    worst = max(abs(a - b) for a, b in zip(found, expected, strict=True)) / max(span, 1e-9)
+    if not worst <= TOLERANCE:
+        raise SystemExit(f"{name} differs from the hook loop by {worst:.1e} of the range: nothing is timed")
+    return worst
+
+
+def main() -> None:
+    args = options()
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+    jobs = args.jobs.split(",")
+    unknown = [j for j in jobs if j not in JOBS]
+    if unknown:
+        raise SystemExit(f"--jobs {unknown[0]}: expected some of {', '.join(JOBS)}")
+    wanted = args.only.split(",") if args.only else list(CONTENDERS)
+    with tempfile.TemporaryDirectory() as folder:
+        work = Workload.build(Path(folder), args)
+        contenders, missing = {}, {}
+        for name in dict.fromkeys(["hook loop", *wanted]):
+            try:
+                contenders[name] = CONTENDERS[name](work)
+            except Unavailable as reason:
+                missing[name] = str(reason)
+                print(f"left out: {name} ({reason})", file=sys.stderr)
+        rows = [row for job in jobs for row in measure(job, contenders, work, args)]
+    record = {
+        "command": " ".join(["python", "bench/sweep.py", *sys.argv[1:]]), **provenance("cpu"), "peers": peers(),
+        "left_out": missing, "sizes": {k: v for k, v in vars(args).items() if isinstance(v, int)}, "rows": rows,
+    }  # fmt: skip
+    if args.json:
+        args.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def measure(job: str, contenders: dict, work: Workload, args: argparse.Namespace) -> list[dict]:
+    """Agreement, then turns."""
+    everything = work.patches(job)
+    step = max(1, len(everything) // args.slice)
+    sample = everything[step // 2 :: step][: args.slice]
+    for contender in contenders.values():
+        contender.ready(job)
+    expected = contenders["hook loop"].run(job, sample)
+    worst = {name: agree(c.run(job, sample), expected, name) for name, c in contenders.items()}
+    spent: dict[str, list[float]] = {name: [] for name in contenders}
+    rates = []
+    names = list(contenders)
+    for turn in range(args.rounds):
+        start = (turn * 7919 * args.slice) % max(1, len(everything) - args.slice + 1)
+        part = everything[start : start + args.slice]
+        rates.append(matrix_rate(args))
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            patches = everything if contenders[name].whole else part
+            begin = time.process_time()
+            contenders[name].run(job, patches)
+            spent[name].append((time.process_time() - begin) / len(patches))
+    shape = Shape.of(open_model(work.model()), args.columns, first=work.first, rows=2)
+    kind, size = JOBS[job], args.neurons // args.groups
+    counted = forecast(shape, kind, everything, size=size)
+    best = min((n for n in names if n != "engine"), key=lambda n: statistics.median(spent[n]))
+    rows = []
+    for name in names:
+        ratios = [a / b for a, b in zip(spent[best], spent[name], strict=True)]
+        least = counted.least / len(everything)
+        shares = [least / rate / s for rate, s in zip(rates, spent[name], strict=True)]
+        row = {
+            "job": job, "contender": name, "patches": len(everything),
+            "cpu_ms_a_patch": 1e3 * statistics.median(spent[name]),
+            "all_ms": [1e3 * s for s in spent[name]], "best_other": best, "times_best_other": statistics.median(ratios),
+            "difference_of_range": worst[name], "arithmetic_allows": counted.naive / counted.least,
+            "least_gflop_a_patch": least / 1e9, "share_of_bound": statistics.median(shares),
+            "matrix_gflops": [rate / 1e9 for rate in rates],
+        }  # fmt: skip
+        rows.append(row)
+        print(
+            f"T={args.columns} {job:14s} {name:28s} {row['cpu_ms_a_patch']:8.3f} ms a patch, "
+            f"{row['times_best_other']:5.2f} times as fast as {best}, "
+            f"{100 * row['share_of_bound']:3.0f} % of the bound, differs by {worst[name]:.0e} of the range"
+        )
+    return rows
+
+
+def matrix_rate(args: argparse.Namespace) -> float:
+    """FLOPs a second of CPU time of a large matrix product."""
+    a, b = torch.randn(1024, args.width), torch.randn(args.width, 2 * args.neurons)
+    a @ b
+    times = []
+    for _ in range(5):
+        begin = time.process_time()
+        a @ b
+        times.append(time.process_time() - begin)
+    return 2 * a.numel() * b.shape[1] / statistics.median(times)
+
+
+def peers() -> dict[str, str]:
+    found = {}
+    for name in PEERS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""``emocircuits sweep``: patch every head, neuron group or position over a file of prompt pairs."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from emocircuits.environment import provenance
+from emocircuits.sweep import Sweep
+from emocircuits.sweep.metrics import kl, log_prob, logit_diff
+from emocircuits.sweep.pairs import Prepared, prepare, read_pairs
+from emocircuits.sweep.results import SweepResult
+from emocircuits.sweep.targets import KINDS
+
+METRICS = ("logit_diff", "log_prob", "kl")
+EPILOG = """\
+A pairs file holds one JSON object a line: {"clean": "...", "corrupt": "...", "answer": "...", "wrong": "..."}, two
+prompts of as many tokens each, the answer of the clean one and that of the corrupt one; with "clean_image" and
+"corrupt_image" for prompts about images. With --out the results are written while they come in, one folder a pair, and
+the same command goes on where a killed one stopped."""
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """Add what ``emocircuits sweep`` takes."""
+    parser.epilog = EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--pairs", type=Path, required=True, metavar="FILE", help="the prompt pairs, JSONL")
+    parser.add_argument("--target", choices=KINDS, default="heads", help="what is patched (default heads)")
+    parser.add_argument(
+        "--positions", default="all", metavar="WHICH",
+        help="all at once (default), each, a role (system, visual, query, last), or columns such as 3,5,-1",
+    )  # fmt: skip
+    parser.add_argument("--metric", choices=METRICS, default="logit_diff", help="read at the last position")
+    parser.add_argument(
+        "--direction", choices=("denoise", "noise"), default="denoise", help="clean into corrupt, or back"
+    )
+    parser.add_argument("--patch-with", choices=("clean", "zero", "mean"), default="clean", help="default clean")
+    parser.add_argument("--layers", metavar="LIST", help="such as 0-5,8 (default all)")
+    parser.add_argument("--groups", type=int, metavar="N", help="groups of neurons in a layer (default 16)")
+    parser.add_argument("--batch", type=int, metavar="N", help="patches at a time (default: what memory allows)")
+    parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Run the command. Returns what ``--json`` prints."""
+    from emocircuits.loading import load_model
+
+    if args.out is not None and args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {args.out}: is a file; name a folder")
+    if args.groups is not None and args.target != "neurons":
+        raise ValueError(f"--groups is for --target neurons, not {args.target}")
+    for name in ("groups", "batch"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)}: expected at least 1")
+    positions, layers = _positions(args.positions), _layers(args.layers)
+    pairs = read_pairs(args.pairs)
+    model, processor = load_model(args.model, device=args.device, text=True)
+    device = next(model.parameters()).device
+    prepared = prepare(
+        pairs, processor, needs_wrong=args.metric == "logit_diff", device=device, path=args.pairs
+    )  # fmt: skip
+    _same_length(prepared, positions, args.pairs)
+    results = []
+    for number, pair in enumerate(prepared, 1):
+        if not args.json:
+            print(f"pair {number} of {len(prepared)}: {pair.pair.id}", file=sys.stderr)
+        folder = None if args.out is None else args.out / f"{number:04d}"
+        sweep = Sweep(
+            model, clean=pair.clean, corrupt=pair.corrupt, metric=_metric(args.metric, pair), direction=args.direction,
+            patch_with=args.patch_with, batch=args.batch, out=folder, progress=not args.json,
+        )  # fmt: skip
+        more = {"groups": args.groups or 16} if args.target == "neurons" else {}
+        result = getattr(sweep, args.target)(positions=positions, layers=layers, **more)
+        result.meta["pair"] = pair.pair.id
+        results.append(result)
+    mean = SweepResult.mean(results)
+    record = report(mean, args, [pair.pair.id for pair in prepared])
+    if args.out is not None:
+        mean.save(args.out)
+        mean.plot(args.out / "sweep.html")
+        record["written"] = [str(args.out / name) for name in ("sweep.json", "sweep.html")]
+    if not args.json:
+        print(text(record))
+    return record
+
+
+def report(result: SweepResult, args: argparse.Namespace, ids: list[str]) -> dict[str, Any]:
+    """The result as JSON."""
+    effects = result.effects if result.measurable else None
+    record: dict[str, Any] = {
+        "model": args.model, "target": args.target, "positions": args.positions, "metric": args.metric,
+        "direction": args.direction, "patch_with": args.patch_with, "pairs": ids, "clean": result.clean,
+        "corrupt": result.corrupt, "axes": list(result.axes), "labels": result.labels, "values": _json(result.values),
+        "effects": None if effects is None else _json(effects), "top": result.top(10), "command": args.command_line,
+        **provenance(str(args.device or "")),
+    }  # fmt: skip
+    if effects is not None and result.pairs is not None:
+        low, high = result.interval()
+        record["effects_low"], record["effects_high"] = _json(low), _json(high)
+    return record
+
+
+def text(record: dict[str, Any]) -> str:
+    """What the command prints."""
+    lines = [
+        f"{record['target']} of {record['model']}, {len(record['pairs'])} pair{'s' * (len(record['pairs']) != 1)}, "
+        f"{record['metric']}: clean {record['clean']:.4g}, corrupt {record['corrupt']:.4g}"
+    ]
+    if record["effects"] is None:
+        lines.append("the two prompts do not differ in this metric: there are no effects, only values")
+    axes = record["axes"]
+    head = [*axes, "value", "effect"]
+    rows = [
+        [
+            *(str(place[a]) for a in axes),
+            f"{place['value']:.4g}",
+            "" if place["effect"] is None else f"{place['effect']:+.3f}",
+        ]
+        for place in record["top"]
+    ]
+    widths = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
+    lines += ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in [head, *rows]]
+    if "written" in record:
+        lines.append("written: " + "  ".join(record["written"]))
+    return "\n".join(lines)
+
+
+def _metric(name: str, pair: Prepared) -> Any:
+    if name == "logit_diff":
+        assert pair.wrong is not None
+        return logit_diff(pair.answer, pair.wrong)
+    return log_prob(pair.answer) if name == "log_prob" else kl()
+
+
+def _positions(given: str) -> str | list[int]:
+    if not given.replace(",", "").replace("-", "").replace(" ", "").isdigit():
+        return given
+    try:
+        return [int(part) for part in given.split(",")]
+    except ValueError as error:
+        raise ValueError(f"--positions {given}: expected all, each, a role, or columns such as 3,5,-1") from error
+
+
+def _layers(given: str | None) -> list[int] | None:
+    if given is None:
+        return None
+    found: list[int] = []
+    for part in given.split(","):
+        first, _, last = part.partition("-")
+        try:
+            found += range(int(first), int(last or first) + 1)
+        except ValueError as error:
+            raise ValueError(f"--layers {given}: expected numbers and ranges such as 0-5,8") from error
+    if not found or len(set(found)) != len(found):
+        raise ValueError(f"--layers {given}: expected each layer once, such as 0-5,8")
+    return found
+
+
+def _same_length(prepared: list[Prepared], positions: str | list[int], path: Path) -> None:
+    """A mean over pairs position by position needs prompts of one length."""
+    lengths = {p.clean["input_ids"].shape[-1]: p.pair.line for p in reversed(prepared)}
+    if len(lengths) > 1 and positions not in ("all", "last"):
+        told = ", ".join(f"{n} tokens (line {line})" for n, line in sorted(lengths.items(), key=lambda x: x[1])[:3])
+        raise ValueError(
+            f"{path}: prompts of {told}: positions of one pair are not those of another; use --positions all or last, "
+            "or a file for each length"
+        )
+
+
+def _json(values: torch.Tensor) -> Any:
+    """Nested lists; NaN becomes None."""
+    return values.tolist() if bool(values.isfinite().all()) else _finite(values.tolist())
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return value if math.isfinite(value) else None
