@@ -7,7 +7,9 @@ from sweep_fakes import Variant
 from torch.utils.flop_counter import FlopCounterMode
 
 from emocircuits.families import open_model
+from emocircuits.sweep import Sweep, logit_diff
 from emocircuits.sweep.planner import KINDS, LEAST, NONE, Savings, Shape, Work, forecast, measure, outside
+from emocircuits.sweep.targets import Target
 
 BENCH = dict(
     layers=8, heads=8, kv_heads=8, head_dim=64, d_model=512, neurons=1408, vocabulary=8192, gated=True, first=4, rows=2
@@ -166,3 +168,24 @@ def test_what_cannot_be_counted_is_refused():
 
 def test_the_rate_is_flops_over_seconds():
     assert measure(lambda: None, 1000, seconds=0.01) > 1e6
+
+
+def test_a_sweep_says_what_it_will_do(capsys):
+    model = models.build("llava")
+    ids = torch.tensor([[1, 7, *[models.IMAGE] * models.TOKENS, 8, 9]])
+    pixels = torch.randn(1, 3, models.SIDE, models.SIDE, generator=torch.Generator().manual_seed(0))
+    other = {"input_ids": ids, "pixel_values": pixels * 0.5}
+    sweep = Sweep(model, clean={"input_ids": ids, "pixel_values": pixels}, corrupt=other, metric=logit_diff(11, 23))
+    sweep.heads(positions="each")
+    said = capsys.readouterr().err
+    assert "240 patches, " in said, "3 layers, 20 columns, 4 heads"
+    assert "one patch at a time it would be" in said
+    assert "expected" in said
+    assert said.index("expected") < said.index("240/240 patches")
+    plain = sweep.forecast(Target("heads"), [Variant(0, 5, 0)])
+    seen = sweep.forecast(Target("heads"), [Variant(0, 5, 0)], images=outside(sweep.handle, other))
+    assert seen.naive > plain.naive
+    assert seen.flops == plain.flops
+    quiet = Sweep(model, clean=sweep.clean_inputs, corrupt=other, metric=logit_diff(11, 23), progress=False)
+    quiet.heads()
+    assert capsys.readouterr().err == ""

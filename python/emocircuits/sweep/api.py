@@ -16,7 +16,7 @@ from emocircuits.sweep import inputs
 from emocircuits.sweep.collect import collect
 from emocircuits.sweep.engine import evaluate
 from emocircuits.sweep.metrics import Metric, declared
-from emocircuits.sweep.planner import Forecast, Savings, Shape, forecast
+from emocircuits.sweep.planner import Forecast, Savings, Shape, announce, forecast, outside
 from emocircuits.sweep.readout import Readout, verify
 from emocircuits.sweep.results import SweepResult
 from emocircuits.sweep.store import Store, open_store
@@ -197,12 +197,21 @@ class Sweep:
             raise ValueError(f"positions {wrong or columns}: expected columns inside a prompt of {self.columns}")
         return list(dict.fromkeys(c % self.columns for c in columns))
 
-    def forecast(self, target: Target, variants: Sequence[Variant], rate: float | None = None) -> Forecast:
-        """What the patches will cost (:mod:`.planner`)."""
+    def forecast(
+        self, target: Target, variants: Sequence[Variant], rate: float | None = None, images: int = 0
+    ) -> Forecast:
+        """What the patches will cost (:mod:`.planner`).
+
+        Args:
+            target: what is patched.
+            variants: all patches.
+            rate: FLOPs a second; None: no time is told.
+            images: FLOPs of a vision tower in one plain pass (:func:`~.planner.outside`).
+        """
         rows = self.metric.rows
         shape = Shape.of(
             self.handle, self.columns, first=self.first if self.patch_with == "clean" else 0,
-            reads=self.readout.columns, rows=None if rows is None else len(rows),
+            reads=self.readout.columns, rows=None if rows is None else len(rows), images=images,
         )  # fmt: skip
         size = max((len(g) for g in target.groups), default=1)
         return forecast(shape, target.kind, variants, size=size, savings=DOES, rate=rate)
@@ -223,7 +232,7 @@ class Sweep:
             "target": target.kind, "direction": self.direction, "patch_with": patch,
             "dtype": str(self.base.layers[0].resid_pre.dtype).removeprefix("torch."), "first_difference": self.first,
         }  # fmt: skip
-        costs = self.forecast(target, variants).costs if self.handle.geometry.neurons else None
+        costs = self._announce(target, variants)
 
         def run(todo: Sequence[Variant]) -> Iterator[tuple[slice, Tensor]]:
             return evaluate(self, target, todo, self.batch)
@@ -232,6 +241,17 @@ class Sweep:
             run, variants, axes=axes, labels=labels, clean=self.clean, corrupt=self.corrupt, meta=meta,
             store=self._store(target, what, variants), costs=costs, progress=self.progress,
         )  # fmt: skip
+
+    def _announce(self, target: Target, variants: Sequence[Variant]) -> Sequence[int] | None:
+        """FLOPs of every patch, None where they are not counted; with a bar to come, also told on standard error."""
+        if not self.handle.geometry.neurons:
+            return None
+        if not self.progress:
+            return self.forecast(target, variants).costs
+        given = self.corrupt_inputs
+        found = self.forecast(target, variants, images=outside(self.handle, given) if self.handle.sees else 0)
+        announce(found, torch.no_grad()(lambda: self.handle.model(**given)))
+        return found.costs
 
     def _store(self, target: Target, what: dict[str, Any], variants: Sequence[Variant]) -> Store | None:
         if self.out is None:

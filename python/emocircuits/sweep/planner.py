@@ -15,6 +15,7 @@ least exact work is that of layers >= l at columns >= p, less what these identit
 from __future__ import annotations
 
 import dataclasses as dc
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
 from emocircuits.families import Handle
 from emocircuits.sweep.store import Patch
@@ -341,6 +343,13 @@ def measure(forward: Callable[[], object], flops: int, *, seconds: float = 0.5) 
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - begin)
     return flops / best
+
+
+def announce(found: Forecast, forward: Callable[[], object]) -> None:
+    """Print a forecast to standard error, with the time expected at the rate of ``forward``, timed here."""
+    rate = measure(forward, found.forward, seconds=0.2)
+    told = dc.replace(found, seconds=found.flops / rate)
+    tqdm.write("\n".join(told.lines), file=sys.stderr)
 
 
 def _size(flops: float) -> str:
