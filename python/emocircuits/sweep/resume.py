@@ -96,11 +96,17 @@ class Decoder:
 
     def after_attention(self, layer: int, x: Tensor, groups: tuple[Group, ...], attention: Tensor) -> Tensor:
         """What leaves the layer, when its attention module gave ``attention``."""
-        return self.call(layer, x, self.index(groups), [self.gives_attention(layer, attention)])
+        return self.call(layer, x, self.index(groups), self.gives_attention(layer, attention))
 
-    def gives_attention(self, layer: int, out: Tensor) -> tuple[nn.Module, Callable[..., Any]]:
-        """The attention module, giving ``out``."""
-        return self.handle.attentions[layer], _giving(out, self.base.layers[layer].attention_extra)
+    def gives_attention(self, layer: int, out: Tensor) -> list[tuple[nn.Module, Callable[..., Any]]]:
+        """The attention module, giving ``out``, and the norm before it, which then has nothing to do."""
+        record = self.base.layers[layer]
+        found: list[tuple[nn.Module, Callable[..., Any]]] = [
+            (self.handle.attentions[layer], _giving(out, record.attention_extra))
+        ]
+        if record.before_attention is not None:
+            found.append((record.before_attention, lambda x, *_, **__: x))
+        return found
 
     def gives_mlp(self, layer: int, out: Tensor) -> tuple[nn.Module, Callable[..., Any]]:
         """The MLP, giving ``out``."""

@@ -134,13 +134,18 @@ class Entry:
         index = self.decoder.index(groups)
         if kind == "residual":
             return self.layer, Packed(self.patched[index], groups, point)
-        x = record.resid_pre[index]
         if kind in ("heads", "neurons"):
             delta = torch.cat([self._delta(columns, units) for columns, units in parts])
+        if record.additive and kind == "neurons":
+            return self.layer + 1, Packed(record.resid_post[index] + delta, groups, point)
+        if record.additive and kind == "mlp_out":
+            added = record.resid_post[index] + (self.patched[index] - record.mlp_out[index])
+            return self.layer + 1, Packed(added, groups, point)
+        x = record.resid_pre[index]
         if kind == "heads":
             out = self.decoder.after_attention(self.layer, x, groups, record.attention[index] + delta)
         else:
-            known = [self.decoder.gives_attention(self.layer, record.attention[index])]
+            known = self.decoder.gives_attention(self.layer, record.attention[index])
             if kind == "neurons":
                 known.append(self.decoder.gives_mlp(self.layer, record.mlp[index] + delta))
             else:
@@ -148,7 +153,7 @@ class Entry:
                     known.append(self.decoder.gives_mlp(self.layer, record.mlp[index]))
                 site = self.handle.sites[kind][self.layer]
                 if site is self.handle.attentions[self.layer]:
-                    known = [self.decoder.gives_attention(self.layer, self.patched[index])]
+                    known = self.decoder.gives_attention(self.layer, self.patched[index])
                 elif site is self.handle.mlps[self.layer]:
                     known[-1] = self.decoder.gives_mlp(self.layer, self.patched[index])
                 else:

@@ -47,6 +47,10 @@ class LayerTrace:
     kwargs: dict[str, Any] = dc.field(default_factory=dict)
     attention_extra: int = 0
     mlp_extra: int = 0
+    before_attention: nn.Module | None = None
+    """The module (a norm) whose output only attention reads: it need not run where attention's output is known."""
+    additive: bool = False
+    """Whether what leaves the layer is what enters it and ``attn_out`` and ``mlp_out``, with no factor on them."""
 
     def arguments(self, columns: Tensor) -> dict[str, Any]:
         """The layer's arguments for tokens that stand in ``columns`` ``[N]``, all in one row."""
@@ -152,6 +156,7 @@ def _watch(stack: contextlib.ExitStack, handle: Handle, i: int, record: LayerTra
         stack.callback(module.register_forward_hook(hook).remove)
 
     stack.callback(layer.register_forward_pre_hook(enter, with_kwargs=True).remove)
+    _watch_norm(stack, handle, i, record)
     keep(layer, "resid_post")
     keep(handle.attentions[i], "attention", "attention_extra")
     keep(handle.mlps[i], "mlp", "mlp_extra")
@@ -164,6 +169,36 @@ def _watch(stack: contextlib.ExitStack, handle: Handle, i: int, record: LayerTra
             record.neurons = args[0][0]
 
         stack.callback(handle.down_projections[i].register_forward_pre_hook(neurons).remove)
+
+
+def _watch_norm(stack: contextlib.ExitStack, handle: Handle, i: int, record: LayerTrace) -> None:
+    """Find the module whose output goes to attention and nowhere else that matters."""
+    given: dict[str, Any] = {}
+
+    def hidden(name: str) -> Any:
+        def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
+            given[name] = kwargs.get("hidden_states", args[0] if args else None)
+
+        return hook
+
+    def child(module: nn.Module) -> Any:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            given.setdefault("norms", []).append((module, output))
+
+        return hook
+
+    def decide(*_: Any) -> None:
+        norms = [m for m, out in given.get("norms", []) if out is given["attention"] and out is not given["mlp"]]
+        record.before_attention = norms[0] if norms else None
+        given.clear()
+
+    attention, mlp = handle.attentions[i], handle.mlps[i]
+    for name, module in (("attention", attention), ("mlp", mlp)):
+        stack.callback(module.register_forward_pre_hook(hidden(name), with_kwargs=True).remove)
+    for module in handle.layers[i].children():
+        if module is not attention and module is not mlp:
+            stack.callback(module.register_forward_hook(child(module)).remove)
+    stack.callback(handle.layers[i].register_forward_hook(decide).remove)
 
 
 def visible(mask: Tensor | None, like: Tensor) -> Tensor:
@@ -195,5 +230,12 @@ def _check(handle: Handle, i: int, record: LayerTrace, calls: int, side: str) ->
             raise ValueError(
                 f"{name} of layer {i} in the {side} run has NaN or infinite values; nothing can be measured"
             )
-    record.mask = visible(mask, record.q)
+    # Additive, so that attention need not turn it into that in every call.
+    seen = visible(mask, record.q)
+    if seen.dtype == torch.bool:
+        seen = torch.zeros_like(seen, dtype=record.q.dtype).masked_fill(~seen, float("-inf"))
+    record.mask = seen
     record.projected = None
+    total_out = record.resid_pre + record.attn_out + record.mlp_out
+    eps = 16 * torch.finfo(total_out.dtype).eps * float(record.resid_post.abs().max())
+    record.additive = torch.allclose(total_out, record.resid_post, rtol=0, atol=eps)
