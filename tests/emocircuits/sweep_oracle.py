@@ -29,6 +29,10 @@ def place(model, kind, layer):
         "residual": ("", True),
         "attn_out": (attention, False),
         "mlp_out": (mlp, False),
+        "q": (f"{attention}.q_proj", False),
+        "k": (f"{attention}.k_proj", False),
+        "v": (f"{attention}.v_proj", False),
+        "qkv": (f"{attention}.c_attn", False),
     }[kind]
     return block.get_submodule(path), enters
 

@@ -147,6 +147,48 @@ def log_probability(logits, pos):
     return logits[0, pos].log_softmax(-1)[A]
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2", "llava-padded"])
+@pytest.mark.parametrize("positions", ["all", "each"])
+def test_queries_keys_and_values(kind, positions):
+    model, clean, corrupt = pair(kind)
+    layers = [2] if kind.startswith("llava") else [0, 1, 2]
+    for patch, fill in (("clean", None), ("zero", torch.zeros_like)):
+        sweep = Sweep(model, clean, corrupt, logit_diff(A, B), patch_with=patch, progress=False)
+        found = sweep.qkv(positions=positions, layers=layers)
+
+        def table(kind, units, corrupt=corrupt, fill=fill):
+            return oracle.sweep(model, corrupt, clean, kind, difference, positions, units, fill, layers)
+
+        if kind == "gpt2":
+            expected = table("qkv", [slice(8 * i, 8 * i + 8) for i in range(12)])
+        else:
+            parts = (("q", HEADS), ("k", HEADS[:2]), ("v", HEADS[:2]))
+            expected = torch.cat([table(name, units) for name, units in parts], -1)
+        agree(found.values, expected, 1e-10, found.gap)
+        assert found.axes[-1] == "qkv"
+        assert (found.labels["qkv"][0], found.labels["qkv"][-1][0]) == ("q0", "v")
+    with pytest.raises(ValueError, match="rotated by position"):
+        Sweep(model, clean, corrupt, logit_diff(A, B), patch_with="mean", progress=False).qkv()
+
+
+@pytest.mark.parametrize("target", ["neurons", "mlp_out"])
+def test_layers_that_scale_what_they_add(target, monkeypatch):
+    """Where the MLP's output is not simply added, the layer's own forward adds it."""
+    model, clean, corrupt = pair("llama")
+    real = type(model.model.layers[0]).forward
+
+    def scaled(self, hidden_states, **kwargs):
+        return hidden_states + 0.5 * (real(self, hidden_states, **kwargs) - hidden_states)
+
+    monkeypatch.setattr(type(model.model.layers[0]), "forward", scaled)
+    sweep = Sweep(model, clean, corrupt, logit_diff(A, B), progress=False)
+    assert not sweep.base.layers[0].additive
+    width = model_width(model)
+    units = [list(range(width // 2)), list(range(width // 2, width))] if target == "neurons" else None
+    found = sweep.neurons(units, "each") if units else sweep.mlp_out("each")
+    agree(found.values, oracle.sweep(model, corrupt, clean, target, difference, "each", units), 1e-10, found.gap)
+
+
 @torch.no_grad()
 def test_metrics():
     model, clean, corrupt = pair("qwen2")
@@ -231,6 +273,33 @@ def test_out_of_memory_halves_the_batch(monkeypatch):
     sweep = Sweep(model, clean, corrupt, logit_diff(A, B), batch=64, progress=False)
     torch.testing.assert_close(sweep.residual(positions="each").values, expected, rtol=0, atol=1e-10)
     assert max(sizes) > 2 >= sizes[-1]
+
+
+def test_a_stopped_sweep_goes_on_in_its_folder(tmp_path, monkeypatch):
+    model, clean, corrupt = pair("llama")
+
+    def sweep(metric, **more):
+        return Sweep(model, clean, corrupt, metric, batch=1, out=tmp_path, progress=False, **more)
+
+    expected = Sweep(model, clean, corrupt, logit_diff(A, B), progress=False).heads(positions="each").values
+    real, calls = Decoder.run, []
+
+    def run(self, layer, packed):
+        calls.append(layer)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return real(self, layer, packed)
+
+    monkeypatch.setattr(Decoder, "run", run)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(logit_diff(A, B)).heads(positions="each")
+    torch.testing.assert_close(sweep(logit_diff(A, B)).heads(positions="each").values, expected, rtol=0, atol=1e-10)
+    before = len(calls)
+    sweep(logit_diff(A, B)).heads(positions="each")
+    assert len(calls) == before
+    for other in (sweep(logit_diff(B, A)), sweep(logit_diff(A, B), direction="noise")):
+        with pytest.raises(ValueError, match="another sweep"):
+            other.heads(positions="each")
 
 
 def test_sliding_window_is_exact():

@@ -17,6 +17,7 @@ from emocircuits.sweep.collect import collect
 from emocircuits.sweep.engine import evaluate
 from emocircuits.sweep.metrics import Metric, declared
 from emocircuits.sweep.planner import Forecast, Savings, Shape, announce, forecast, outside
+from emocircuits.sweep.qkv import names
 from emocircuits.sweep.readout import Readout, verify
 from emocircuits.sweep.results import SweepResult
 from emocircuits.sweep.store import Store, open_store
@@ -117,6 +118,15 @@ class Sweep:
         """What the MLP adds to the residual stream: [layer] or [layer, pos]."""
         return self._sweep(Target("mlp_out"), [None], positions, layers)
 
+    def qkv(self, positions: Positions = "all", layers: Sequence[int] | None = None) -> SweepResult:
+        """Queries of a head, keys or values of a key-value head: [layer, qkv] or [layer, pos, qkv].
+
+        They are patched as attention gets them, after rotary embedding; labels are "q0", ..., "k0", ..., "v0", ...
+        """
+        g = self.handle.geometry
+        units = list(range(g.heads + 2 * g.kv_heads))
+        return self._sweep(Target("qkv"), units, positions, layers)
+
     def neurons(
         self, groups: int | Sequence[Sequence[int]] = 16, positions: Positions = "all",
         layers: Sequence[int] | None = None,
@@ -156,13 +166,15 @@ class Sweep:
         if not chosen or len(set(chosen)) != len(chosen) or not all(0 <= l < total for l in chosen):
             raise ValueError(f"layers {layers}: expected each of 0 to {total - 1} at most once")
         columns = self.positions(positions)
-        axes, labels = ["layer"], {"layer": sorted(chosen)}
+        axes: list[str] = ["layer"]
+        labels: dict[str, list[Any]] = {"layer": sorted(chosen)}
         if columns != [None]:
             axes.append("pos")
-            labels["pos"] = list(columns)  # type: ignore[arg-type]
+            labels["pos"] = list(columns)
         if list(units) != [None]:
             axes.append(UNITS[target.kind])
-            labels[UNITS[target.kind]] = list(units)  # type: ignore[arg-type]
+            g = self.handle.geometry
+            labels[UNITS[target.kind]] = names(g.heads, g.kv_heads) if target.kind == "qkv" else list(units)
         found = [Variant(l, c, u) for l in sorted(chosen) for c in columns for u in units]
         return found, tuple(axes), labels
 

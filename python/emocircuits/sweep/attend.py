@@ -89,6 +89,9 @@ def replaced(parts: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[
 def heads(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, cap: float | None) -> Tensor:
     """Softmax attention ``[B, H, n, D]``; a mask is ``[1, 1 or H, n, K]``, True or 0 where it attends."""
     grouped = query.shape[1] != key.shape[1]
+    if grouped and query.is_cuda and mask is not None:
+        # There SDPA has no fast kernel for a mask and shared keys at once.
+        key, value, grouped = _repeat(key, query.shape[1]), _repeat(value, query.shape[1]), False
     if cap is None:
         return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=grouped)
     return _weights(scores(query, key, mask, scaling, cap)) @ _repeat(value, query.shape[1])

@@ -231,7 +231,7 @@ class Decoder:
                 x.append(packed.x[part, None])
             if later:
                 z.append(self._later(layer, p, later, k[:, part], v[:, part]))
-                x.append(record.resid_pre[_span(later)].expand(b, -1, -1))
+                x.append(record.resid_pre[span(later)].expand(b, -1, -1))
             zs.append(torch.cat(z, 1).flatten(0, 1))
             xs.append(torch.cat(x, 1).flatten(0, 1))
             after.append(Group(columns, b))
@@ -259,7 +259,7 @@ class Decoder:
         """
         record = self.base.layers[layer]
         others, lse = self._others(layer, p, columns)  # [H, n, D], [H, n]
-        query = record.q[0][:, _span(columns)]
+        query = record.q[0][:, span(columns)]
         repeat = query.shape[0] // k.shape[0]
         k, v = (x.repeat_interleave(repeat, 0) if repeat > 1 else x for x in (k, v))
         work = lse.dtype
@@ -284,7 +284,7 @@ class Decoder:
         if key not in self._without:
             self._without.clear()
             record = self.base.layers[layer]
-            q = record.q[:, :, _span(columns)]
+            q = record.q[:, :, span(columns)]
             s = attend.scores(q, record.k, _rows(record, columns), record.scaling, record.softcap)[0]
             s = s.index_fill(-1, torch.tensor([p], device=s.device), float("-inf"))
             v = record.v[0]
@@ -300,7 +300,7 @@ def _giving(out: Tensor, extra: int) -> Callable[..., Any]:
     return lambda *_, **__: result
 
 
-def _span(columns: tuple[int, ...]) -> Any:
+def span(columns: tuple[int, ...]) -> Any:
     """Columns as a slice where they are one: no gather."""
     if columns and columns[-1] - columns[0] + 1 == len(columns):
         return slice(columns[0], columns[-1] + 1)
@@ -310,4 +310,4 @@ def _span(columns: tuple[int, ...]) -> Any:
 def _rows(record: LayerTrace, columns: tuple[int, ...], keys: int | None = None) -> Tensor | None:
     """The mask's rows of some columns, cut to ``keys``."""
     assert record.mask is not None
-    return record.mask[:, :, _span(columns), :keys]
+    return record.mask[:, :, span(columns), :keys]

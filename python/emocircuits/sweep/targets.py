@@ -11,11 +11,12 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from emocircuits.families import Handle
-from emocircuits.sweep.resume import Decoder, Group, Packed
+from emocircuits.sweep import qkv
+from emocircuits.sweep.resume import Decoder, Group, Packed, span
 from emocircuits.sweep.trace import LayerTrace, Trace
 
-KINDS = ("heads", "neurons", "residual", "attn_out", "mlp_out")
-UNITS = {"heads": "head", "neurons": "group"}
+KINDS = ("heads", "neurons", "residual", "attn_out", "mlp_out", "qkv")
+UNITS = {"heads": "head", "neurons": "group", "qkv": "qkv"}
 
 
 class Variant(NamedTuple):
@@ -39,7 +40,12 @@ class Target:
     groups: tuple[tuple[int, ...], ...] = ()
 
     def site(self, record: LayerTrace) -> Tensor:
-        """What is overwritten, ``[T, ...]``: ``[T, H, D]`` for heads, ``[T, F]`` for neurons, else ``[T, d_model]``."""
+        """What is overwritten, ``[T, ...]``.
+
+        ``[T, H, D]`` for heads, ``[T, F]`` for neurons, ``[T, H + 2 H_kv, D]`` for qkv, else ``[T, d_model]``.
+        """
+        if self.kind == "qkv":
+            return qkv.site(record)
         name = {"heads": "z", "neurons": "neurons", "residual": "resid_pre"}.get(self.kind, self.kind)
         found = getattr(record, name)
         assert isinstance(found, Tensor)
@@ -48,7 +54,7 @@ class Target:
     @property
     def mixes(self) -> bool:
         """Whether attention of the patched layer still carries the change to later columns."""
-        return self.kind == "residual"
+        return self.kind in ("residual", "qkv")
 
 
 def values(target: Target, source: LayerTrace, patch: str | Tensor, real: Tensor) -> Tensor:
@@ -62,8 +68,10 @@ def values(target: Target, source: LayerTrace, patch: str | Tensor, real: Tensor
         real: ``[T]`` bool.
 
     Raises:
-        ValueError: a tensor that does not broadcast.
+        ValueError: a tensor that does not broadcast, or the mean of what positions have rotated.
     """
+    if target.kind == "qkv" and isinstance(patch, str) and patch == "mean":
+        raise ValueError("queries and keys are rotated by position, so their mean is of nothing; use clean or zero")
     site = target.site(source)
     if isinstance(patch, Tensor):
         try:
@@ -129,12 +137,17 @@ class Entry:
         Returns:
             The layer to go on at, and what enters it.
         """
-        groups = tuple(Group(columns, len(units)) for columns, units in parts)
         kind, record = self.target.kind, self.record
+        if kind == "qkv":
+            # A key or value is met by all later queries.
+            groups = tuple(Group(self.decoder.live(self.layer, c[0]), len(units)) for c, units in parts)
+            point = False
+        else:
+            groups = tuple(Group(columns, len(units)) for columns, units in parts)
         index = self.decoder.index(groups)
         if kind == "residual":
             return self.layer, Packed(self.patched[index], groups, point)
-        if kind in ("heads", "neurons"):
+        if kind in ("heads", "neurons", "qkv"):
             delta = torch.cat([self._delta(columns, units) for columns, units in parts])
         if record.additive and kind == "neurons":
             return self.layer + 1, Packed(record.resid_post[index] + delta, groups, point)
@@ -142,7 +155,7 @@ class Entry:
             added = record.resid_post[index] + (self.patched[index] - record.mlp_out[index])
             return self.layer + 1, Packed(added, groups, point)
         x = record.resid_pre[index]
-        if kind == "heads":
+        if kind in ("heads", "qkv"):
             out = self.decoder.after_attention(self.layer, x, groups, record.attention[index] + delta)
         else:
             known = self.decoder.gives_attention(self.layer, record.attention[index])
@@ -164,7 +177,17 @@ class Entry:
 
     def _delta(self, columns: tuple[int, ...], units: Sequence[int | None]) -> Tensor:
         """What a patch adds to the output of attention or MLP, ``[variants * columns, d_model]``."""
-        at = list(columns)
+        at = span(columns)
+        if self.target.kind == "qkv":
+            heads = self.record.z.shape[1]
+            weight = rows(self.handle.output_projections[self.layer]).unflatten(0, (heads, -1))
+            out = span(self.decoder.live(self.layer, columns[0]))
+            found = []
+            for unit in units:
+                assert unit is not None
+                which, change = qkv.change(self.record, self.patched, unit, at, out)
+                found.append((change @ weight[which]).sum(0))
+            return torch.cat(found)
         if self.target.kind == "heads":
             change = (self.patched[at] - self.record.z[at]).transpose(0, 1)  # [H, n, D]
             weight = rows(self.handle.output_projections[self.layer]).unflatten(0, (change.shape[0], -1))
@@ -179,8 +202,8 @@ class Entry:
         for unit in units:
             assert unit is not None
             group = self.target.groups[unit]
-            span = slice(group[0], group[-1] + 1) if group[-1] - group[0] + 1 == len(group) else list(group)
-            parts.append(change[:, span] @ weight[span])
+            chosen_neurons = span(group)
+            parts.append(change[:, chosen_neurons] @ weight[chosen_neurons])
         return torch.cat(parts)
 
 
