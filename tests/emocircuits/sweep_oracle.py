@@ -38,12 +38,11 @@ def place(model, kind, layer):
 
 
 @torch.no_grad()
-def record(model, inputs, kind):
+def record(model, inputs, kind, where=place, layers=None):
     """The site of every layer, ``[T, width]``."""
-    count = len(_layers(model)[0])
     kept, hooks = {}, []
-    for l in range(count):
-        module, enters = place(model, kind, l)
+    for l in range(len(_layers(model)[0])) if layers is None else layers:
+        module, enters = where(model, kind, l)
         if enters:
             hooks.append(
                 module.register_forward_pre_hook(
@@ -66,9 +65,9 @@ def record(model, inputs, kind):
 
 
 @torch.no_grad()
-def patched_logits(model, inputs, kind, layer, columns, entries, new):
+def patched_logits(model, inputs, kind, layer, columns, entries, new, where=place):
     """Logits ``[1, T, V]`` with ``site[columns, entries]`` set to ``new`` ``[T, width]`` in one layer."""
-    module, enters = place(model, kind, layer)
+    module, enters = where(model, kind, layer)
 
     def change(x):
         x = x.clone()
@@ -91,19 +90,23 @@ def patched_logits(model, inputs, kind, layer, columns, entries, new):
         hook.remove()
 
 
-def sweep(model, base, source, kind, metric, positions="each", units=None, fill=None, layers=None):
+def sweep(model, base, source, kind, metric, positions="each", units=None, fill=None, layers=None, where=place):
     """The whole table: ``[layer, pos, unit]`` float64, axes that do not exist left out.
 
+    ``positions``: "all" at once, "each", or columns; ``where``: as :func:`place`.
     ``units``: list of entry lists (None: everything); ``fill``: from the recorded source to the new values.
     """
-    kept = record(model, source, kind)
+    kept = record(model, source, kind, where, layers)
     total = base["input_ids"].shape[1]
-    columns = [list(range(total))] if positions == "all" else [[c] for c in range(total)]
+    each = range(total) if positions == "each" else positions
+    columns = [list(range(total))] if positions == "all" else [[c] for c in each]
     entries = [slice(None)] if units is None else units
     table = []
     for l in sorted(kept) if layers is None else layers:
         new = kept[l] if fill is None else fill(kept[l])
-        rows = [[float(metric(patched_logits(model, base, kind, l, cs, e, new))) for e in entries] for cs in columns]
+        rows = [
+            [float(metric(patched_logits(model, base, kind, l, cs, e, new, where))) for e in entries] for cs in columns
+        ]
         table.append(rows)
     out = torch.tensor(table, dtype=torch.float64)
     if units is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import pytest
@@ -232,6 +233,23 @@ def test_float32(kind):
         found = getattr(sweep, target)(positions="each", layers=layers)
         expected = oracle.sweep(small, corrupt, clean, target, difference, "each", units, layers=layers)
         agree(found.values, expected, 2e-5, found.gap)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("target", ["heads", "residual"])
+def test_bfloat16_rounds_like_the_hook_loop(kind, target):
+    """Against the same weights in float64: at most twice as far off as the loop, which rounds as often."""
+    small = copy.deepcopy(pair(kind)[0]).bfloat16()
+    exact = copy.deepcopy(small).double()
+    _, clean, corrupt = pair(kind)
+    units = HEADS if target == "heads" else None
+    found = getattr(Sweep(small, clean, corrupt, logit_diff(A, B), progress=False), target)("each", layers=[1]).values
+    loop, truth = (oracle.sweep(m, corrupt, clean, target, plain, "each", units, layers=[1]) for m in (small, exact))
+    assert float((found - truth).abs().max()) <= 2 * float((loop - truth).abs().max())
+
+
+def plain(logits):
+    return difference(logits.double())
 
 
 def test_only_what_changes_something_is_run(monkeypatch):

@@ -18,7 +18,7 @@ from emocircuits.sweep.engine import evaluate
 from emocircuits.sweep.metrics import Metric, declared
 from emocircuits.sweep.planner import Forecast, Savings, Shape, announce, forecast, outside
 from emocircuits.sweep.qkv import names
-from emocircuits.sweep.readout import Readout, verify
+from emocircuits.sweep.readout import Readout, finishing
 from emocircuits.sweep.results import SweepResult
 from emocircuits.sweep.store import Store, open_store
 from emocircuits.sweep.targets import UNITS, Target, Variant, first_difference, values
@@ -77,7 +77,7 @@ class Sweep:
             runs = []
             for side, given in (("clean", clean), ("corrupt", corrupt)):
                 run, logits = trace(self.handle, given, side)
-                verify(self.handle, run, logits)
+                finish = finishing(self.handle, run, logits)
                 runs.append(run)
                 del logits
             clean_run, corrupt_run = runs
@@ -89,7 +89,7 @@ class Sweep:
             _same_frame(clean_run.layers, corrupt_run.layers)
             self.base, self.source = (corrupt_run, clean_run) if direction == "denoise" else (clean_run, corrupt_run)
             self.first = first_difference(clean_run, corrupt_run)
-            self.readout = Readout(self.handle, self.metric, clean_run, self.base)
+            self.readout = Readout(self.handle, self.metric, clean_run, self.base, finish)
             self.clean, self.corrupt = (
                 float(self.readout.value(self.readout.of(run))) for run in (clean_run, corrupt_run)
             )

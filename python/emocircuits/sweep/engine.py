@@ -104,7 +104,9 @@ class _Run:
         columns = self.columns(v)
         if not columns:
             return 0
-        return len(columns) if v.layer >= self.decoder.stop else self.sweep.columns - columns[0]
+        if v.layer >= self.decoder.stop:
+            return len(columns)
+        return self.sweep.columns - self.decoder.reach[columns[0]]
 
     def chunk(self, variants: Sequence[Variant], at: int, budget: int) -> int:
         """Where the batch that begins at ``at`` ends: variants of one layer, and one kind of entry."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from emocircuits.families import Handle
 from emocircuits.sweep.metrics import Metric
 from emocircuits.sweep.resume import Packed
 from emocircuits.sweep.trace import Trace
+
+Finish = Callable[[Handle, Tensor], Tensor]
 
 
 class Readout:
@@ -24,8 +27,8 @@ class Readout:
         reference: the same of the clean run.
     """
 
-    def __init__(self, handle: Handle, metric: Metric, clean: Trace, base: Trace) -> None:
-        self.handle, self.metric = handle, metric
+    def __init__(self, handle: Handle, metric: Metric, clean: Trace, base: Trace, finish: Finish) -> None:
+        self.handle, self.metric, self.finish = handle, metric, finish
         total = len(handle.layers)
         depth = total - 1 if metric.depth is None else metric.depth
         if not -total <= depth < total:
@@ -55,9 +58,9 @@ class Readout:
             return x
         h = self.handle.norm(x)
         if self.rows is None:
-            return finish(self.handle, self.handle.unembed(h))
+            return self.finish(self.handle, self.handle.unembed(h))
         bias = None if self.bias is None else self.bias[self.rows]
-        return finish(self.handle, linear(h, self.weight, bias))
+        return self.finish(self.handle, linear(h, self.weight, bias))
 
     def value(self, read: Tensor) -> Tensor:
         """The metric of ``[n, columns, rows]``, ``[n]`` float64."""
@@ -80,7 +83,7 @@ class Readout:
         return self.value(torch.cat(whole))
 
 
-def finish(handle: Handle, logits: Tensor) -> Tensor:
+def scaled(handle: Handle, logits: Tensor) -> Tensor:
     """What models do with logits after the unembedding: scaling (Cohere, Granite) and a cap (Gemma 2)."""
     config: Any = handle.text_config
     scale = getattr(config, "logit_scale", None)
@@ -93,16 +96,29 @@ def finish(handle: Handle, logits: Tensor) -> Tensor:
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-def verify(handle: Handle, run: Trace, logits: Tensor) -> None:
-    """Check that a run's last residual stream gives the model's own logits.
+def finishing(handle: Handle, run: Trace, logits: Tensor) -> Finish:
+    """Find out what the model does with its logits: some have a config with a scale and do not use it.
+
+    Args:
+        handle: the model.
+        run: a run of it.
+        logits: the model's own of that run, ``[T, vocabulary]``.
 
     Raises:
-        NotImplementedError: it does not: the model does something else after its last layer.
+        NotImplementedError: the logits are not made from the last residual stream in a known way.
     """
-    ours = finish(handle, handle.unembed(handle.norm(run.layers[-1].resid_post[-1:])))[0]
-    theirs = logits[-1]
-    if not torch.allclose(ours.float(), theirs.float(), rtol=2e-2, atol=2e-2 * float(theirs.float().abs().max())):
-        raise NotImplementedError(
-            f"logits of {type(handle.model).__name__} are not its final norm and unembedding of the last layer, so a "
-            "sweep cannot read them"
-        )
+    theirs = logits[-1].float()
+    raw = handle.unembed(handle.norm(run.layers[-1].resid_post[-1:]))
+    near = 2e-2 if raw.element_size() == 2 else 1e-4
+    for finish in (scaled, _plain):
+        ours = finish(handle, raw)[0].float()
+        if torch.allclose(ours, theirs, rtol=0, atol=near * float(theirs.abs().max())):
+            return finish
+    raise NotImplementedError(
+        f"logits of {type(handle.model).__name__} are not its final norm and unembedding of the last layer, so a "
+        "sweep cannot read them"
+    )
+
+
+def _plain(handle: Handle, logits: Tensor) -> Tensor:
+    return logits

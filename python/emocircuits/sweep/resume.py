@@ -69,6 +69,8 @@ class Decoder:
         self._index: dict[tuple[Group, ...], Tensor] = {}
         self._without: dict[tuple[int, int, tuple[int, ...]], tuple[Tensor, Tensor]] = {}
         self.queries = handle.parts("query")
+        self.reach = reach(base)
+        self.causal = self.reach == tuple(range(self.total))
 
     def index(self, groups: tuple[Group, ...]) -> Tensor:
         """The column of every packed token."""
@@ -82,8 +84,8 @@ class Decoder:
     def live(self, layer: int, column: int) -> tuple[int, ...]:
         """Columns of a layer's output that a change from ``column`` on reaches and somebody reads."""
         if layer == self.stop:
-            return tuple(c for c in self.reads if c >= column)
-        return tuple(range(column, self.total))
+            return tuple(c for c in self.reads if c >= self.reach[column])
+        return tuple(range(self.reach[column], self.total))
 
     # ---- one layer, some of it given -----------------------------------------------------------------
 
@@ -91,8 +93,10 @@ class Decoder:
         self, layer: int, x: Tensor, index: Tensor, parts: Sequence[tuple[nn.Module, Callable[..., Any]]]
     ) -> Tensor:
         """The layer's own forward on packed tokens, with some of its modules replaced. ``[tokens, d_model]``."""
+        record = self.base.layers[layer]
         with replaced(parts):
-            return first(self.handle.layers[layer](x[None], **self.base.layers[layer].arguments(index)))[0]
+            out = first(self.handle.layers[layer](x[None], **record.arguments(index)))[0]
+        return out if record.added is None else out + record.added[index]
 
     def after_attention(self, layer: int, x: Tensor, groups: tuple[Group, ...], attention: Tensor) -> Tensor:
         """What leaves the layer, when its attention module gave ``attention``."""
@@ -155,10 +159,24 @@ class Decoder:
 
     def run(self, layer: int, packed: Packed) -> Packed:
         """From what enters ``layer`` to what leaves `stop`, in the columns that are read."""
+        if not self.causal and layer <= self.stop:
+            packed = self.widened(layer, packed)
         with attend.switched(self.handle):
             for k in range(layer, self.stop + 1):
                 packed = self.point(k, packed) if packed.point else self.dense(k, packed)
         return packed
+
+    def widened(self, layer: int, packed: Packed) -> Packed:
+        """The same variants with all columns that attention takes the change to, earlier ones too."""
+        pre, groups, x, start = self.base.layers[layer].resid_pre, [], [], 0
+        for g in packed.groups:
+            columns = tuple(range(self.reach[g.columns[0]], self.total))
+            whole = pre[span(columns)].expand(g.count, -1, -1).clone()
+            whole[:, [c - columns[0] for c in g.columns]] = packed.x[start : start + g.size].unflatten(0, (g.count, -1))
+            groups.append(Group(columns, g.count))
+            x.append(whole.flatten(0, 1))
+            start += g.size
+        return Packed(torch.cat(x), tuple(groups), False)
 
     def dense(self, layer: int, packed: Packed) -> Packed:
         """One layer in which every column from the first changed one on may differ."""
@@ -291,6 +309,35 @@ class Decoder:
             v = v.repeat_interleave(s.shape[0] // v.shape[0], 0)
             self._without[key] = (s.softmax(-1).nan_to_num(0.0).to(v.dtype) @ v, s.logsumexp(-1))
         return self._without[key]
+
+
+def reach(base: Trace) -> tuple[int, ...]:
+    """Of every column, the first one that a change in it, or after it, can get to through attention.
+
+    The column itself where attention is causal; the beginning of the image or of the prefix where these attend to all
+    of themselves (Gemma 3, PaliGemma).
+    """
+    total, sees = base.columns, None
+    for record in base.layers:
+        assert record.mask is not None
+        seen = (record.mask > torch.finfo(record.mask.dtype).min / 2).flatten(0, 1).any(0)
+        sees = seen if sees is None else sees | seen
+    assert sees is not None
+    columns = torch.arange(total, device=sees.device)
+    # The last column that each one sees, itself at least.
+    furthest = torch.where(sees, columns, -1).amax(-1).maximum(columns).tolist()
+    if furthest == list(range(total)):
+        return tuple(furthest)
+    found = []
+    for p in range(total):
+        start = p
+        while True:
+            earlier = next((i for i in range(start) if furthest[i] >= start), start)
+            if earlier == start:
+                break
+            start = earlier
+        found.append(start)
+    return tuple(found)
 
 
 def _giving(out: Tensor, extra: int) -> Callable[..., Any]:

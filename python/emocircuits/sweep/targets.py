@@ -123,7 +123,8 @@ class Entry:
         found = tuple(range(start, self.decoder.total)) if column is None else (column,)
         if self.layer == self.decoder.stop and not self.target.mixes:
             return tuple(c for c in found if c in self.decoder.reads)
-        return found if any(r >= found[0] for r in self.decoder.reads) else ()
+        start = self.decoder.reach[found[0]]
+        return found if any(r >= start for r in self.decoder.reads) else ()
 
     def __call__(
         self, parts: Sequence[tuple[tuple[int, ...], Sequence[int | None]]], point: bool
@@ -210,4 +211,7 @@ class Entry:
 def first_difference(clean: Trace, corrupt: Trace) -> int:
     """The first column whose input to the decoder differs between the runs; the number of columns if none does."""
     differ = (clean.layers[0].resid_pre != corrupt.layers[0].resid_pre).any(-1)
+    for a, b in zip(clean.layers, corrupt.layers, strict=True):
+        if a.added is not None and b.added is not None:
+            differ |= (a.added != b.added).any(-1)
     return int(differ.int().argmax()) if bool(differ.any()) else clean.columns

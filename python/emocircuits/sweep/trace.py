@@ -49,6 +49,8 @@ class LayerTrace:
     mlp_extra: int = 0
     before_attention: nn.Module | None = None
     """The module (a norm) whose output only attention reads: it need not run where attention's output is known."""
+    added: Tensor | None = None
+    """What the text decoder adds after the layer (DeepStack), ``[T, d_model]``; ``resid_post`` has it."""
     additive: bool = False
     """Whether what leaves the layer is what enters it and ``attn_out`` and ``mlp_out``, with no factor on them."""
 
@@ -114,11 +116,15 @@ def trace(handle: Handle, inputs: Mapping[str, Any], side: str) -> tuple[Trace, 
         output = handle.model(**{**inputs, "use_cache": False})
     for i, record in enumerate(layers):
         _check(handle, i, record, calls[i], side)
-        if i and not torch.equal(record.resid_pre, layers[i - 1].resid_post):
-            raise NotImplementedError(
-                f"the text decoder changes the residual stream between layers {i - 1} and {i} (as DeepStack does); a "
-                "sweep cannot resume there yet"
-            )
+        before = layers[i - 1]
+        if i and not torch.equal(record.resid_pre, before.resid_post):
+            if not handle.family.between_layers:
+                raise NotImplementedError(
+                    f"the text decoder changes the residual stream between layers {i - 1} and {i}, and family "
+                    f"{handle.family.name} does not say how"
+                )
+            before.added = record.resid_pre - before.resid_post
+            before.resid_post = record.resid_pre
     logits = output.logits if hasattr(output, "logits") else output[0]
     return Trace(layers, int(layers[0].resid_pre.shape[0])), logits[0]
 
@@ -215,14 +221,8 @@ def _check(handle: Handle, i: int, record: LayerTrace, calls: int, side: str) ->
     total = record.resid_pre.shape[0]
     if record.k.shape[2] != total:
         raise NotImplementedError(f"layer {i} attends to {record.k.shape[2]} keys in a prompt of {total} columns")
-    mask = record.mask
-    if mask is not None:
-        seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-        if seen.shape[-2:] != (total, total) or bool(seen.triu(1).any()):
-            raise NotImplementedError(
-                f"layer {i} attends to later columns (as Gemma 3 does inside an image), so a patch also changes "
-                "columns before it; a sweep is exact for causal attention only"
-            )
+    if record.mask is not None and record.mask.shape[-2:] != (total, total):
+        raise NotImplementedError(f"layer {i} has a mask of {list(record.mask.shape)} for {total} columns")
     if record.projected is None or not torch.equal(record.projected, record.attention):
         raise NotImplementedError(f"attention of layer {i} does something after its output projection")
     for name in ("resid_pre", "q", "k", "v", "z", "attention", "mlp", "resid_post"):
@@ -230,6 +230,7 @@ def _check(handle: Handle, i: int, record: LayerTrace, calls: int, side: str) ->
             raise ValueError(
                 f"{name} of layer {i} in the {side} run has NaN or infinite values; nothing can be measured"
             )
+    mask = record.mask
     # Additive, so that attention need not turn it into that in every call.
     seen = visible(mask, record.q)
     if seen.dtype == torch.bool:

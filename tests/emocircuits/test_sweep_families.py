@@ -1,0 +1,55 @@
+"""Every family the package knows, swept as a hook loop has it."""
+
+from __future__ import annotations
+
+import families_harness as harness
+import families_vision_models  # noqa: F401  registers its builders
+import pytest
+import sweep_oracle as oracle
+import torch
+
+from emocircuits.families import open_model
+from emocircuits.sweep import Sweep, logit_diff
+
+A, B = 11, 23
+
+
+def place(model, kind, layer):
+    """Where a site is, by the family's own names."""
+    handle = open_model(model)
+    if kind == "heads":
+        return handle.output_projections[layer], True
+    return (handle.layers[layer], True) if kind == "residual" else (handle.sites[kind][layer], False)
+
+
+def pair(model, make_inputs):
+    """Two prompts of a family that differ in their image, or in one word."""
+    clean = make_inputs(1, "none")
+    corrupt = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in clean.items()}
+    pictures = [k for k in corrupt if k.startswith("pixel_values")]
+    for name in pictures:
+        corrupt[name] = 0.5 - corrupt[name]
+    if not pictures:
+        corrupt["input_ids"][0, 3] = 50
+    return clean, corrupt
+
+
+@pytest.mark.parametrize("name", harness.BUILDERS)
+def test_family(name):
+    model, _, make_inputs, tolerance = harness.built(name)
+    clean, corrupt = pair(model, make_inputs)
+    sweep = Sweep(model, clean, corrupt, logit_diff(A, B), progress=False)
+    columns = sorted({sweep.first, (sweep.first + sweep.columns) // 2, sweep.columns - 1})
+    size = sweep.handle.geometry.head_dim
+    for kind, units in (("heads", [slice(0, size), slice(size, 2 * size)]), ("residual", None), ("mlp_out", None)):
+        for positions in ("all", columns):
+            found = getattr(sweep, kind)(positions=positions, layers=[0, 1]).values
+            if units:
+                found = found[..., :2]
+            expected = oracle.sweep(
+                model, corrupt, clean, kind, lambda x: x[0, -1, A] - x[0, -1, B], positions, units, layers=[0, 1],
+                where=place,
+            )  # fmt: skip
+            spread = max(float(expected.max() - expected.min()), abs(sweep.clean - sweep.corrupt))
+            assert spread > 1e-3
+            assert float((found - expected).abs().max()) <= tolerance * spread
