@@ -53,3 +53,21 @@ def test_family(name):
             spread = max(float(expected.max() - expected.min()), abs(sweep.clean - sweep.corrupt))
             assert spread > 1e-3
             assert float((found - expected).abs().max()) <= tolerance * spread
+
+
+@pytest.mark.parametrize("name", ["Gemma 3 (vision)", "PaliGemma"])
+def test_patches_reach_back_inside_an_image(name):
+    """Where an image attends to all of itself, a patch changes columns before it, the metric's among them."""
+    model, _, make_inputs, tolerance = harness.built(name)
+    clean, corrupt = pair(model, make_inputs)
+    seen = Sweep(model, clean, corrupt, logit_diff(A, B), progress=False)
+    start, columns = seen.first, [seen.first + 1, seen.first + 3]
+    assert not seen.base.layers[0].mask[0, 0, start, columns[-1]]  # 0: it attends there
+    sweep = Sweep(model, clean, corrupt, logit_diff(A, B, pos=start), progress=False)
+    for kind in ("residual", "mlp_out"):
+        found = getattr(sweep, kind)(positions=columns, layers=[0, 1]).values
+        expected = oracle.sweep(
+            model, corrupt, clean, kind, lambda x: x[0, start, A] - x[0, start, B], columns, layers=[0, 1], where=place
+        )
+        assert expected.std() > 1e-3
+        assert float((found - expected).abs().max()) <= tolerance * float(expected.max() - expected.min())
