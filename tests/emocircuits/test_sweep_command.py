@@ -210,6 +210,12 @@ def test_one_liners(pair):
                 if name in sites:
                     expected = hooked(model, sites[name][layer], name, ids, other, metric, column)
                     assert table[layer, column] == pytest.approx(expected, abs=2e-5)
+    every = compat.get_act_patch_block_every(model, other, ids, metric)
+    alone = [
+        getattr(compat, f"get_act_patch_{name}")(model, other, ids, metric)
+        for name in ("resid_pre", "attn_out", "mlp_out")
+    ]
+    assert torch.equal(every, torch.stack(alone))
     for bad in ({"blocks.0.hook_resid_pre": ids}, 3):
         with pytest.raises(TypeError, match="without input_ids"):
             compat.get_act_patch_resid_pre(model, other, bad, metric)

@@ -265,6 +265,11 @@ def test_functions_are_told_apart_by_what_they_do():
     assert describe(make(3)) == describe(make(3))
     assert describe(make(3)) != describe(make(4))
     assert describe(lambda x: x + 1) != describe(lambda x: x + 2)
+    around = {"k": 3}
+    reads = eval("lambda logits: logits[0, -1, k]", around)
+    before = describe(reads)
+    around["k"] = 4
+    assert describe(reads) != before, "a token id in a global"
     with pytest.raises(TypeError, match="cannot be told from another"):
         describe(object())
 

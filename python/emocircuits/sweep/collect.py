@@ -58,7 +58,7 @@ def collect(
                 initial=sum(weights[i] for i in done),
             )
         )
-        bar.set_postfix_str(f"{len(done)}/{len(variants)} patches")
+        bar.set_postfix_str(f"{len(done)}/{len(variants)} patches")  # drawn at once: from what it starts
         for part, values in evaluate([variants[i] for i in todo]) if todo else ():
             chunk = todo[part]
             numbers = values.detach().to("cpu", torch.float64).flatten().tolist()
@@ -68,9 +68,9 @@ def collect(
             done.update(new)
             if store is not None:
                 store.add(new)
+            bar.set_postfix_str(f"{len(done)}/{len(variants)} patches", refresh=False)
             # Not beyond the total by a rounding error.
             bar.update(min(sum(weights[i] for i in chunk), total - bar.n))
-            bar.set_postfix_str(f"{len(done)}/{len(variants)} patches")
     missing = len(variants) - len(done)
     if missing:
         raise ValueError(f"the engine left {missing} of {len(variants)} variants out")

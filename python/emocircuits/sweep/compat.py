@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from emocircuits.sweep import Sweep
@@ -29,6 +30,13 @@ def get_act_patch_attn_out(model: nn.Module, corrupted: Inputs, clean: Inputs, m
 def get_act_patch_mlp_out(model: nn.Module, corrupted: Inputs, clean: Inputs, metric: Callable[..., Any]) -> Tensor:
     """The metric with the clean output of each MLP, at each position: ``[layer, pos]`` float64."""
     return _sweep(model, corrupted, clean, metric).mlp_out(positions="each").values
+
+
+def get_act_patch_block_every(model: nn.Module, corrupted: Inputs, clean: Inputs, metric: Callable[..., Any]) -> Tensor:
+    """The three above from one pair of runs: ``[3, layer, pos]`` float64, residual stream, attention, MLP."""
+    sweep = _sweep(model, corrupted, clean, metric)
+    tables = [target(positions="each").values for target in (sweep.residual, sweep.attn_out, sweep.mlp_out)]
+    return torch.stack(tables)
 
 
 def get_act_patch_attn_head_out_by_pos(

@@ -105,7 +105,16 @@ def describe(value: Any) -> Any:
     if isinstance(code, types.CodeType):
         closed = [describe(cell.cell_contents) for cell in getattr(value, "__closure__", None) or ()]
         given = describe(getattr(value, "__defaults__", None))
-        return {"function": value.__qualname__, "code": _code(code), "closure": closed, "defaults": given}
+        # Of what it reads around it, plain values count too: the token ids of a metric in a notebook are globals.
+        around = {
+            name: describe(value.__globals__[name])
+            for name in code.co_names
+            if isinstance(value.__globals__.get(name), bool | int | float | str | Tensor)
+        }
+        return {
+            "function": value.__qualname__, "code": _code(code), "closure": closed, "defaults": given,
+            "globals": around,
+        }  # fmt: skip
     if isinstance(value, type) or (callable(value) and hasattr(value, "__qualname__")):
         return f"{value.__module__}.{value.__qualname__}"
     raise TypeError(

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
+from emocircuits.environment import versions
 from emocircuits.files import read_json, write_bytes, write_json
 from emocircuits.scoring.statistics import intervals
 
@@ -202,7 +203,7 @@ class SweepResult:
         write_bytes(folder / name, data)
         record = dict(
             format=FORMAT, tensors=name, clean=_finite(self.clean), corrupt=_finite(self.corrupt),
-            axes=list(self.axes), labels=self.labels, meta=self.meta,
+            axes=list(self.axes), labels=self.labels, meta=self.meta, versions=versions(),
         )  # fmt: skip
         written = write_json(folder / FILE, record)
         for old in folder.glob("values-*.safetensors"):
