@@ -252,6 +252,20 @@ def plain(logits):
     return difference(logits.double())
 
 
+def test_an_unembedding_that_is_no_plain_layer():
+    class Scaled(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model, clean, corrupt = pair("llama")
+    model = copy.deepcopy(model)
+    head = Scaled(32, VOCAB, bias=False, dtype=torch.float64)
+    head.load_state_dict(model.lm_head.state_dict())
+    model.lm_head = head
+    found = Sweep(model, clean, corrupt, logit_diff(A, B), progress=False).residual("each")
+    agree(found.values, oracle.sweep(model, corrupt, clean, "residual", difference), 1e-10, found.gap)
+
+
 def test_only_what_changes_something_is_run(monkeypatch):
     model, clean, corrupt = pair("llama")
     sweep = Sweep(model, clean, corrupt, logit_diff(A, B), progress=False)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from emocircuits.families import Handle
@@ -36,15 +36,16 @@ class Readout:
         self.stop = depth % total
         self.columns = metric.columns(clean.columns)
         self.bias: Tensor | None = getattr(handle.unembed, "bias", None)
-        weight = handle.unembed.weight
-        assert isinstance(weight, Tensor)
-        size = int(weight.shape[0])
         self.rows: Tensor | None = None
+        self.weight: Tensor | None = None
         if metric.depth is None and metric.rows is not None:
-            if not all(0 <= r < size for r in metric.rows):
-                raise ValueError(f"the metric reads vocabulary rows {metric.rows}; the model has {size}")
-            self.rows = torch.tensor(metric.rows, device=weight.device)
-            self.weight = weight[self.rows].detach()
+            probe = handle.unembed(handle.norm(clean.layers[-1].resid_post[-1:]))
+            if not all(0 <= r < probe.shape[-1] for r in metric.rows):
+                raise ValueError(f"the metric reads vocabulary rows {metric.rows}; the model has {probe.shape[-1]}")
+            self.rows = torch.tensor(metric.rows, device=probe.device)
+            # Of anything but a plain linear layer (quantised, with an adapter) all rows are computed.
+            if type(handle.unembed) is nn.Linear:
+                self.weight = handle.unembed.weight[self.rows].detach()
         self.reference = self.of(clean)
         self.base = self.of(base)
 
@@ -57,8 +58,9 @@ class Readout:
         if self.metric.depth is not None:
             return x
         h = self.handle.norm(x)
-        if self.rows is None:
-            return self.finish(self.handle, self.handle.unembed(h))
+        if self.rows is None or self.weight is None:
+            logits = self.finish(self.handle, self.handle.unembed(h))
+            return logits if self.rows is None else logits[..., self.rows]
         bias = None if self.bias is None else self.bias[self.rows]
         return self.finish(self.handle, linear(h, self.weight, bias))
 

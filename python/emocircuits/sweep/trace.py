@@ -88,7 +88,7 @@ def refuse_hooks(handle: Handle) -> None:
     Raises:
         ValueError: there are hooks in the text decoder that are not transformers' own.
     """
-    for name, module in handle.text.named_modules():
+    for name, module in (*handle.text.named_modules(), ("the unembedding", handle.unembed)):
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
             if not str(getattr(hook, "__module__", "")).startswith(("transformers", "accelerate")):
                 raise ValueError(f"{name or 'the text decoder'} has a forward hook; remove it before a sweep")
@@ -116,6 +116,11 @@ def trace(handle: Handle, inputs: Mapping[str, Any], side: str) -> tuple[Trace, 
         output = handle.model(**{**inputs, "use_cache": False})
     for i, record in enumerate(layers):
         _check(handle, i, record, calls[i], side)
+        if record.resid_pre.device != layers[0].resid_pre.device:
+            raise NotImplementedError(
+                f"layer {i} is on {record.resid_pre.device}, the first one on {layers[0].resid_pre.device}; a sweep "
+                "needs all layers on one device"
+            )
         before = layers[i - 1]
         if i and not torch.equal(record.resid_pre, before.resid_post):
             if not handle.family.between_layers:
