@@ -125,6 +125,7 @@ def test_other_targets_metrics_and_positions(capsys, folder):
         (("--target", "neurons", "--groups", "4", "--direction", "noise"), ["layer", "group"]),
         (("--target", "attn_out", "--positions", "3,-1", "--patch-with", "zero", "--batch", "3"), ["layer", "pos"]),
         (("--positions", "last", "--metric", "kl"), ["layer", "pos", "head"]),
+        (("--target", "qkv"), ["layer", "qkv"]),
     ):
         code, printed, err = run(capsys, "--pairs", folder / "one.jsonl", "--layers", "3", "--json", *more)
         assert code == 0, err

@@ -140,6 +140,17 @@ def test_no_ops():
     assert not Work(same).changes("heads", Variant(0, None, 0)), "two equal prompts"
 
 
+def test_queries_act_where_they_are_and_keys_later():
+    s = Shape(3, 4, 2, 8, 32, 48, 64, True, 10, 2, (9,), 2)
+    w, mlp = Work(s), 6 * 32 * 48
+    rest = 2 * 8 * 32 + mlp  # of one head in one column
+    assert w.patch("qkv", Variant(1, 5, 0)) == 4 * 8 * 6 + rest + w.point(2, 5)
+    # A key serves two query heads in columns 5 to 9, one product more and one less each.
+    assert w.patch("qkv", Variant(1, 5, 4)) == 5 * (2 * 6 * 8 + 2 * 2 * 8 * 32 + mlp) + w.dense(2, 5)
+    assert w.patch("qkv", Variant(2, 5, 0)) == 0, "the last layer's query of a column that nobody reads"
+    assert w.patch("qkv", Variant(2, 5, 4)) == 2 * 6 * 8 + 2 * 2 * 8 * 32 + mlp + w.head
+
+
 def test_all_logits_cost_all_rows():
     handle = open_model(models.build("text"))
     declared = Shape.of(handle, 8, reads=(-1,), rows=2)

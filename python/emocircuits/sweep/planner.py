@@ -217,7 +217,8 @@ class Work:
         if not any(r >= start for r in s.reads):
             return False
         # What leaves the last layer reaches the metric in the same column only; keys and values reach later ones.
-        ends = patch.layer == s.layers - 1 and kind not in ("residual", "qkv")
+        mixes = kind == "residual" or (kind == "qkv" and not self.is_query(patch))
+        ends = patch.layer == s.layers - 1 and not mixes
         return not ends or patch.column is None or patch.column in s.reads
 
     def patch(self, kind: str, patch: Patch, size: int = 1) -> int:
@@ -248,11 +249,29 @@ class Work:
         if kind == "residual":
             return self.enter(patch.layer, patch.column)
         if kind == "qkv":
-            # One head's attention again, from the patched column on, and its part of the output projection.
-            live = s.columns - start
-            one = self.attention(patch.layer, start) // s.heads
-            return one + live * (2 * s.head_dim * s.d_model + self.mlp) + self.enter(patch.layer + 1, None)
+            return self._projection(patch, start)
         raise ValueError(f"target {kind!r}: expected one of {', '.join(KINDS)}")
+
+    def _projection(self, patch: Patch, start: int) -> int:
+        """A query acts in its own column, as its head does; a key or value in all later ones, in each of its heads."""
+        s, layer = self.shape, patch.layer
+        ends = layer == s.layers - 1 and self.savings.last_columns
+        query = self.is_query(patch)
+        columns = [start] if query and patch.column is not None else range(start, s.columns)
+        live = [c for c in columns if not ends or c in s.reads]
+        heads = 1 if query else s.heads // s.kv_heads
+        if not query and patch.column is not None and self.savings.replaced_key:
+            attention = 6 * heads * s.head_dim * len(live)
+        else:
+            attention = sum(4 * heads * s.head_dim * self.seen(layer, c) for c in live)
+        after = self.enter(layer + 1, patch.column)
+        if not query and layer + 1 < s.layers:
+            after = self.dense(layer + 1, start)
+        return attention + len(live) * (2 * heads * s.head_dim * s.d_model + self.mlp) + after
+
+    def is_query(self, patch: Patch) -> bool:
+        """Whether a patch of "qkv" is that of a query: units are the query heads, then keys, then values."""
+        return patch.unit is not None and patch.unit < self.shape.heads
 
 
 @dc.dataclass(frozen=True)
