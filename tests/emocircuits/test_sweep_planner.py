@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from emocircuits.families import open_model
 from emocircuits.sweep import Sweep, logit_diff
+from emocircuits.sweep.engine import _Run
 from emocircuits.sweep.planner import KINDS, LEAST, NONE, Savings, Shape, Work, forecast, measure, outside
 from emocircuits.sweep.targets import Target
 
@@ -200,3 +201,35 @@ def test_a_sweep_says_what_it_will_do(capsys):
     quiet = Sweep(model, clean=sweep.clean_inputs, corrupt=other, metric=logit_diff(11, 23), progress=False)
     quiet.heads()
     assert capsys.readouterr().err == ""
+
+
+def test_the_planner_knows_what_the_engine_skips():
+    """Patches that the engine answers without running them are those that are counted as free."""
+    model = models.build("text", "qwen2")
+    clean = torch.tensor([[3, 8, 9, 10, 11, 12]])
+    corrupt = torch.tensor([[3, 8, 19, 10, 11, 12]])
+    for pos in (-1, 3):
+        sweep = Sweep(
+            model,
+            clean={"input_ids": clean},
+            corrupt={"input_ids": corrupt},
+            metric=logit_diff(11, 23, pos),
+            progress=False,
+        )
+        g = sweep.handle.geometry
+        units = {"heads": range(g.heads), "qkv": range(g.heads + 2 * g.kv_heads)}
+        for kind in KINDS:
+            target = Target(kind, ((0, 1), (2, 3))) if kind == "neurons" else Target(kind)
+            names = list(units.get(kind, range(2) if kind == "neurons" else [None]))
+            for positions in ("all", "each"):
+                variants, _, _ = sweep.variants(target, names, positions, None)
+                run = _Run(sweep, target)
+                free = [cost == 0 for cost in sweep.forecast(target, variants).costs]
+                with torch.inference_mode():
+                    skipped = [run.columns(v) == () for v in variants]
+                wrong = [v for v, a, b in zip(variants, free, skipped, strict=True) if a != b]
+                if kind == "qkv":
+                    # Queries of the last layer in columns that nobody reads: the engine runs them all the same.
+                    last = g.layers - 1
+                    wrong = [v for v in wrong if v.layer != last or v.unit >= g.heads or v.column == pos % 6]
+                assert not wrong, (kind, pos, positions, wrong)
