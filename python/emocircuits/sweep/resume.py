@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from emocircuits.families import Handle
 from emocircuits.sweep import attend
 from emocircuits.sweep.attend import Call, replaced, taking
+from emocircuits.sweep.keys import later, mask_rows, others, own, reach, span
 from emocircuits.sweep.trace import LayerTrace, Trace, first
 
 Parts = Sequence[tuple[nn.Module, Callable[..., Any]]]
@@ -224,7 +225,7 @@ class Decoder:
                 torch.cat([old[:, :, :start].expand(b, -1, -1, -1), new.unflatten(1, (b, -1)).transpose(0, 1)], 2)
                 for old, new in ((record.k, kg), (record.v, vg))
             )
-            mask = _rows(record, kept.columns)
+            mask = mask_rows(record, kept.columns)
             z = attend.heads(query, key, value, mask, record.scaling, record.softcap)
             out.append(z.transpose(1, 2).reshape(kept.size, -1))
         return torch.cat(out)
@@ -243,13 +244,14 @@ class Decoder:
                 after.append(Group((), b))
                 continue
             z, x = [], []
-            later = tuple(c for c in columns if c > p)
+            known = tuple(c for c in columns if c > p)
             if columns[0] == p:
-                z.append(self._own(record, p, q[:, part], k[:, part], v[:, part]))
+                z.append(own(record, p, q[:, part], k[:, part], v[:, part]))
                 x.append(packed.x[part, None])
-            if later:
-                z.append(self._later(layer, p, later, k[:, part], v[:, part]))
-                x.append(record.resid_pre[span(later)].expand(b, -1, -1))
+            if known:
+                rest = self._others(layer, p, known)
+                z.append(later(record, p, known, k[:, part], v[:, part], rest))
+                x.append(record.resid_pre[span(known)].expand(b, -1, -1))
             zs.append(torch.cat(z, 1).flatten(0, 1))
             xs.append(torch.cat(x, 1).flatten(0, 1))
             after.append(Group(columns, b))
@@ -257,87 +259,12 @@ class Decoder:
         out = self.after_attention(layer, torch.cat(xs), found, self.project(layer, torch.cat(zs)))
         return Packed(out, found, False)
 
-    def _own(self, record: LayerTrace, p: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Head outputs ``[B, 1, H * D]`` of the changed column: earlier keys are shared, its own is new."""
-        b = q.shape[1]
-        key, value = (
-            torch.cat([old[:, :, :p].expand(b, -1, -1, -1), new.transpose(0, 1)[:, :, None]], 2)
-            for old, new in ((record.k, k), (record.v, v))
-        )
-        z = attend.heads(
-            q.transpose(0, 1)[:, :, None], key, value, _rows(record, (p,), p + 1), record.scaling, record.softcap
-        )
-        return z.transpose(1, 2).flatten(2)
-
-    def _later(self, layer: int, p: int, columns: tuple[int, ...], k: Tensor, v: Tensor) -> Tensor:
-        """Head outputs ``[B, n, H * D]`` of known queries that meet one replaced key and value, those of ``p``.
-
-        What they gather from all other keys is the same for all variants and computed once, then merged with the new
-        key by log-sum-exp: exact, and nothing cancels however much weight the old key had.
-        """
-        record = self.base.layers[layer]
-        others, lse = self._others(layer, p, columns)  # [H, n, D], [H, n]
-        query = record.q[0][:, span(columns)]
-        repeat = query.shape[0] // k.shape[0]
-        k, v = (x.repeat_interleave(repeat, 0) if repeat > 1 else x for x in (k, v))
-        work = lse.dtype
-        s = (k @ query.transpose(-1, -2)).to(work) * record.scaling  # [H, B, n]
-        if record.softcap is not None:
-            s = record.softcap * torch.tanh(s / record.softcap)
-        seen = _rows(record, columns, None)
-        if seen is not None:
-            at = seen[0, :, :, p]  # [1 or H, n]
-            if at.dtype == torch.bool:
-                s = s.masked_fill(~at[:, None], float("-inf"))
-            else:
-                s = (s + at[:, None]).masked_fill((at <= torch.finfo(at.dtype).min / 2)[:, None], float("-inf"))
-        # A query that sees nothing keeps nothing.
-        weight = torch.sigmoid((s - lse[:, None]).nan_to_num(float("-inf"), float("inf"), float("-inf")))
-        z = others[:, None] + weight[..., None].to(v.dtype) * (v[:, :, None] - others[:, None])
-        return z.permute(1, 2, 0, 3).flatten(2)
-
     def _others(self, layer: int, p: int, columns: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Attention of known queries to all keys but that of ``p``: head outputs and log-sum-exp."""
         key = (layer, p, columns)
         if key not in self._without:
             self._without.clear()
-            record = self.base.layers[layer]
-            q = record.q[:, :, span(columns)]
-            s = attend.scores(q, record.k, _rows(record, columns), record.scaling, record.softcap)[0]
-            s = s.index_fill(-1, torch.tensor([p], device=s.device), float("-inf"))
-            v = record.v[0]
-            v = v.repeat_interleave(s.shape[0] // v.shape[0], 0)
-            self._without[key] = (s.softmax(-1).nan_to_num(0.0).to(v.dtype) @ v, s.logsumexp(-1))
+            self._without[key] = others(self.base.layers[layer], p, columns)
         return self._without[key]
-
-
-def reach(base: Trace) -> tuple[int, ...]:
-    """Of every column, the first one that a change in it, or after it, can get to through attention.
-
-    The column itself where attention is causal; the beginning of the image or of the prefix where these attend to all
-    of themselves (Gemma 3, PaliGemma).
-    """
-    total, sees = base.columns, None
-    for record in base.layers:
-        assert record.mask is not None
-        seen = (record.mask > torch.finfo(record.mask.dtype).min / 2).flatten(0, 1).any(0)
-        sees = seen if sees is None else sees | seen
-    assert sees is not None
-    columns = torch.arange(total, device=sees.device)
-    # The last column that each one sees, itself at least.
-    furthest = torch.where(sees, columns, -1).amax(-1).maximum(columns).tolist()
-    if furthest == list(range(total)):
-        return tuple(furthest)
-    found = []
-    for p in range(total):
-        start = p
-        while True:
-            earlier = next((i for i in range(start) if furthest[i] >= start), start)
-            if earlier == start:
-                break
-            start = earlier
-        found.append(start)
-    return tuple(found)
 
 
 def _giving(out: Tensor, extra: int) -> Callable[..., Any]:
@@ -345,16 +272,3 @@ def _giving(out: Tensor, extra: int) -> Callable[..., Any]:
     whole = out[None]
     result: Any = whole if extra < 0 else (whole, *[None] * extra)
     return lambda *_, **__: result
-
-
-def span(columns: tuple[int, ...]) -> Any:
-    """Columns as a slice where they are one: no gather."""
-    if columns and columns[-1] - columns[0] + 1 == len(columns):
-        return slice(columns[0], columns[-1] + 1)
-    return list(columns)
-
-
-def _rows(record: LayerTrace, columns: tuple[int, ...], keys: int | None = None) -> Tensor | None:
-    """The mask's rows of some columns, cut to ``keys``."""
-    assert record.mask is not None
-    return record.mask[:, :, span(columns), :keys]

@@ -12,7 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 from emocircuits.families import Handle
 from emocircuits.sweep import qkv
-from emocircuits.sweep.resume import Decoder, Group, Packed, span
+from emocircuits.sweep.keys import span
+from emocircuits.sweep.resume import Decoder, Group, Packed
 from emocircuits.sweep.trace import LayerTrace, Trace
 
 KINDS = ("heads", "neurons", "residual", "attn_out", "mlp_out", "qkv")
