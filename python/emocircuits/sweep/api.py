@@ -225,19 +225,25 @@ class Sweep:
             self.handle, self.columns, first=self.first if self.patch_with == "clean" else 0,
             reads=self.readout.columns, rows=None if rows is None else len(rows), images=images,
         )  # fmt: skip
-        size = max((len(g) for g in target.groups), default=1)
-        return forecast(shape, target.kind, variants, size=size, savings=DOES, rate=rate)
+        return forecast(shape, target.kind, variants, savings=DOES, rate=rate, cost=target.cost)
 
     def _sweep(
         self, target: Target, units: Sequence[int | None], positions: Positions, layers: Sequence[int] | None
     ) -> SweepResult:
         variants, axes, labels = self.variants(target, units, positions, layers)
-        refuse_hooks(self.handle)
         # A tensor that does not fit is refused before the first patch.
         values(target, self.source.layers[0], self.patch_with, self.real)
+        return self.table(target, variants, axes, labels, {"groups": target.groups})
+
+    def table(
+        self, target: Target, variants: Sequence[Variant], axes: tuple[str, ...], labels: dict[str, list[Any]],
+        what: Mapping[str, Any],
+    ) -> SweepResult:  # fmt: skip
+        """Evaluate the patches of a table; ``what`` tells this target from others of its kind, also in a folder."""
+        refuse_hooks(self.handle)
         what = {
-            "target": target.kind, "groups": target.groups, "positions": labels.get("pos", "all"),
-            "direction": self.direction, "patch_with": self.patch_with,
+            "target": target.kind, "positions": labels.get("pos", "all"), "direction": self.direction,
+            "patch_with": self.patch_with, **what,
         }  # fmt: skip
         patch = self.patch_with if isinstance(self.patch_with, str) else "tensor"
         meta = {
@@ -265,7 +271,7 @@ class Sweep:
         announce(found, torch.no_grad()(lambda: self.handle.model(**given)))
         return found.costs
 
-    def _store(self, target: Target, what: dict[str, Any], variants: Sequence[Variant]) -> Store | None:
+    def _store(self, target: Target, what: Mapping[str, Any], variants: Sequence[Variant]) -> Store | None:
         if self.out is None:
             return None
         return open_store(

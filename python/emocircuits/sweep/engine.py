@@ -10,7 +10,7 @@ from torch import Tensor
 
 from emocircuits.sweep.readout import Readout
 from emocircuits.sweep.resume import Decoder
-from emocircuits.sweep.targets import Entry, Target, Variant, values
+from emocircuits.sweep.targets import Entry, Target, Variant
 
 if TYPE_CHECKING:
     from emocircuits.sweep.api import Sweep
@@ -98,9 +98,7 @@ class _Run:
     def entry(self, layer: int) -> Entry:
         """The entry into one layer; the last one is kept."""
         if self._entry is None or self._entry.layer != layer:
-            sweep = self.sweep
-            patched = values(self.target, sweep.source.layers[layer], sweep.patch_with, sweep.real)
-            self._entry = Entry(sweep.handle, self.decoder, self.target, layer, patched)
+            self._entry = self.target.entry(self.sweep, self.decoder, layer)
         return self._entry
 
     def columns(self, v: Variant) -> tuple[int, ...]:
@@ -109,7 +107,7 @@ class _Run:
             return ()
         if v.column is not None and v.column < self.start:
             return ()
-        return self.entry(v.layer).columns(v.column, self.start)
+        return self.entry(v.layer).columns(v.column, self.start, v.unit)
 
     def size(self, v: Variant) -> int:
         """Packed tokens of a variant in the layers after it."""

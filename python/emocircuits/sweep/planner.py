@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -30,6 +30,7 @@ from emocircuits.families import Handle
 from emocircuits.sweep.store import Patch
 
 KINDS = ("heads", "neurons", "residual", "attn_out", "mlp_out", "qkv")
+V = TypeVar("V", bound=Patch)
 
 
 @dc.dataclass(frozen=True)
@@ -303,8 +304,8 @@ class Forecast:
 
 
 def forecast(
-    shape: Shape, kind: str, variants: Sequence[Patch], *, size: int = 1, savings: Savings = LEAST,
-    rate: float | None = None,
+    shape: Shape, kind: str, variants: Sequence[V], *, size: int = 1, savings: Savings = LEAST,
+    rate: float | None = None, cost: Callable[[Work, V], int] | None = None,
 ) -> Forecast:  # fmt: skip
     """Count a sweep.
 
@@ -315,13 +316,18 @@ def forecast(
         size: neurons in a group.
         savings: what the run makes use of.
         rate: FLOPs a second (:func:`measure`); None: no time is told.
+        cost: of a patch, in place of :meth:`Work.patch`: 0 for one that changes nothing.
     """
     run, least = Work(shape, savings), Work(shape, LEAST)
-    costs = tuple(run.patch(kind, v, size) for v in variants)
+    if cost is None:
+        costs, lower = (tuple(work.patch(kind, v, size) for v in variants) for work in (run, least))
+        no_ops = sum(not run.changes(kind, v) for v in variants)
+    else:
+        costs, lower = (tuple(cost(work, v) for v in variants) for work in (run, least))
+        no_ops = sum(not c for c in lower)
     total = sum(costs)
     return Forecast(
-        patches=len(variants), no_ops=sum(not run.changes(kind, v) for v in variants), flops=total,
-        naive=run.forward * len(variants), least=sum(least.patch(kind, v, size) for v in variants),
+        patches=len(variants), no_ops=no_ops, flops=total, naive=run.forward * len(variants), least=sum(lower),
         forward=run.forward, seconds=None if rate is None else total / rate, costs=costs,
     )  # fmt: skip
 

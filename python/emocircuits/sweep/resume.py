@@ -46,11 +46,18 @@ class Packed:
     """Residual stream ``[tokens, d_model]`` of groups, variant by variant.
 
     ``point``: groups of one column, the only one in which the residual stream differs from the base run so far.
+    ``set_z``: what else is patched on the way: from a layer, groups and their head outputs ``[tokens, H * D]`` to what
+    these become.
     """
 
     x: Tensor
     groups: tuple[Group, ...]
     point: bool
+    set_z: Callable[[int, tuple[Group, ...], Tensor], Tensor] | None = None
+
+    def z(self, layer: int, groups: tuple[Group, ...], z: Tensor) -> Tensor:
+        """Head outputs of some columns of the variants, with what is patched there."""
+        return z if self.set_z is None else self.set_z(layer, groups, z)
 
 
 class Decoder:
@@ -160,10 +167,12 @@ class Decoder:
 
     def run(self, layer: int, packed: Packed) -> Packed:
         """From what enters ``layer`` to what leaves `stop`, in the columns that are read."""
+        set_z = packed.set_z
         if not self.causal and layer <= self.stop:
             packed = self.widened(layer, packed)
         with attend.switched(self.handle):
             for k in range(layer, self.stop + 1):
+                packed = dc.replace(packed, set_z=set_z)
                 packed = self.point(k, packed) if packed.point else self.dense(k, packed)
         return packed
 
@@ -186,6 +195,7 @@ class Decoder:
 
             def take(call: Call) -> Tensor:
                 z = self._dense(record, groups, groups, call.query[0], call.key[0], call.value[0])
+                z = packed.z(layer, groups, z)
                 return z.view(1, z.shape[0], call.query.shape[1], -1)
 
             with taking(self.handle.attentions[layer], take):
@@ -193,7 +203,7 @@ class Decoder:
         after = tuple(Group(self.live(layer, g.columns[0]), g.count) for g in groups)
         tokens = self._tokens(groups, after)
         q, k, v = self.qkv(layer, packed.x, self.index(groups), tokens)
-        z = self._dense(record, groups, after, q[:, tokens], k, v)
+        z = packed.z(layer, after, self._dense(record, groups, after, q[:, tokens], k, v))
         x = self.after_attention(layer, packed.x[tokens], after, self.project(layer, z))
         return Packed(x, after, False)
 
@@ -256,7 +266,8 @@ class Decoder:
             xs.append(torch.cat(x, 1).flatten(0, 1))
             after.append(Group(columns, b))
         found = tuple(after)
-        out = self.after_attention(layer, torch.cat(xs), found, self.project(layer, torch.cat(zs)))
+        z_found = packed.z(layer, found, torch.cat(zs))
+        out = self.after_attention(layer, torch.cat(xs), found, self.project(layer, z_found))
         return Packed(out, found, False)
 
     def _others(self, layer: int, p: int, columns: tuple[int, ...]) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses as dc
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,10 @@ from emocircuits.sweep import qkv
 from emocircuits.sweep.keys import span
 from emocircuits.sweep.resume import Decoder, Group, Packed
 from emocircuits.sweep.trace import LayerTrace, Trace
+
+if TYPE_CHECKING:
+    from emocircuits.sweep.api import Sweep
+    from emocircuits.sweep.planner import Work
 
 KINDS = ("heads", "neurons", "residual", "attn_out", "mlp_out", "qkv")
 UNITS = {"heads": "head", "neurons": "group", "qkv": "qkv"}
@@ -56,6 +60,16 @@ class Target:
     def mixes(self) -> bool:
         """Whether attention of the patched layer still carries the change to later columns."""
         return self.kind in ("residual", "qkv")
+
+    def entry(self, sweep: Sweep, decoder: Decoder, layer: int) -> Entry:
+        """How variants enter at a layer."""
+        patched = values(self, sweep.source.layers[layer], sweep.patch_with, sweep.real)
+        return Entry(sweep.handle, decoder, self, layer, patched)
+
+    def cost(self, work: Work, variant: Variant) -> int:
+        """FLOPs of a variant; 0 where it provably changes nothing that is read."""
+        size = max((len(g) for g in self.groups), default=1)
+        return work.patch(self.kind, variant, size)
 
 
 def values(target: Target, source: LayerTrace, patch: str | Tensor, real: Tensor) -> Tensor:
@@ -119,7 +133,7 @@ class Entry:
         self.record = decoder.base.layers[layer]
         self.patched = patched
 
-    def columns(self, column: int | None, start: int) -> tuple[int, ...]:
+    def columns(self, column: int | None, start: int, unit: int | None = None) -> tuple[int, ...]:
         """The columns in which the patch is made and somebody looks; empty: it changes nothing."""
         found = tuple(range(start, self.decoder.total)) if column is None else (column,)
         if self.layer == self.decoder.stop and not self.target.mixes:
