@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,14 @@ from emocircuits.sweep.planner import Forecast, Savings, Shape, announce, foreca
 from emocircuits.sweep.qkv import names
 from emocircuits.sweep.readout import Readout, finishing
 from emocircuits.sweep.results import SweepResult
+from emocircuits.sweep.routes import Run, sweep_routes
 from emocircuits.sweep.store import Store, open_store
 from emocircuits.sweep.targets import UNITS, Target, Variant, first_difference, values
 from emocircuits.sweep.trace import refuse_hooks, trace
 from emokernels import Role
+
+if TYPE_CHECKING:
+    from emocircuits.edits.heads import Reading
 
 Positions = str | Role | Sequence[int]
 DOES = Savings(absorbed_values=False)
@@ -155,19 +159,41 @@ class Sweep:
                 raise ValueError(f"groups must name neurons 0 to {total - 1}, at least one in each")
         return self._sweep(Target("neurons", chosen), list(range(len(chosen))), positions, layers)
 
+    def routes(
+        self, edit: Literal["knockout", "boost"] = "knockout", by: float | None = None,
+        reading: Reading | None = None, routes: Sequence[tuple[str | Role, str | Role]] | None = None,
+        layers: Sequence[int] | None = None, run: Run = "clean",
+    ) -> SweepResult:  # fmt: skip
+        """Attention of one head along one route (destination role <- source role): [layer, head, route].
+
+        An edit acts on all columns of the destination role, in one run, and takes nothing from the other prompt:
+        `direction` and `patch_with` do not matter. Labels are "query<-visual", ...
+
+        Args:
+            edit: "knockout" masks the route (the rest of the row is renormalised; a row that sees nothing else gives
+                0), "boost" strengthens it.
+            by, reading: of a boost, as in :class:`~emocircuits.edits.BoostRoute`: "weight" (default), "logit-add",
+                "logit-scale" or "logit-abs".
+            routes: (destination, source) pairs of roles; None: all that tokens of the prompt have.
+            layers: all by default.
+            run: the prompt that is edited: "clean" asks which routes the clean answer needs (an effect of 1 is no
+                harm), "corrupt" which ones would bring it back.
+
+        Raises:
+            ValueError: a route that no two tokens of the prompt have, or a strength that the reading does not take.
+        """
+        return sweep_routes(self, edit, by, reading, routes, layers, run)
+
     # ---- the parts of a sweep -------------------------------------------------------------------------
 
     def variants(
         self, target: Target, units: Sequence[int | None], positions: Positions, layers: Sequence[int] | None
     ) -> tuple[list[Variant], tuple[str, ...], dict[str, list[Any]]]:
         """All patches of a table, its axes and their labels."""
-        total = self.handle.geometry.layers
-        chosen = list(range(total)) if layers is None else [int(l) for l in layers]
-        if not chosen or len(set(chosen)) != len(chosen) or not all(0 <= l < total for l in chosen):
-            raise ValueError(f"layers {layers}: expected each of 0 to {total - 1} at most once")
+        chosen = self.layers(layers)
         columns = self.positions(positions)
         axes: list[str] = ["layer"]
-        labels: dict[str, list[Any]] = {"layer": sorted(chosen)}
+        labels: dict[str, list[Any]] = {"layer": chosen}
         if columns != [None]:
             axes.append("pos")
             labels["pos"] = list(columns)
@@ -175,8 +201,20 @@ class Sweep:
             axes.append(UNITS[target.kind])
             g = self.handle.geometry
             labels[UNITS[target.kind]] = names(g.heads, g.kv_heads) if target.kind == "qkv" else list(units)
-        found = [Variant(l, c, u) for l in sorted(chosen) for c in columns for u in units]
+        found = [Variant(l, c, u) for l in chosen for c in columns for u in units]
         return found, tuple(axes), labels
+
+    def layers(self, layers: Sequence[int] | None) -> list[int]:
+        """Layers of a table, ascending; None: all.
+
+        Raises:
+            ValueError: none, a layer that the model does not have, or one twice.
+        """
+        total = self.handle.geometry.layers
+        chosen = list(range(total)) if layers is None else [int(l) for l in layers]
+        if not chosen or len(set(chosen)) != len(chosen) or not all(0 <= l < total for l in chosen):
+            raise ValueError(f"layers {layers}: expected each of 0 to {total - 1} at most once")
+        return sorted(chosen)
 
     def positions(self, positions: Positions) -> list[int | None]:
         """Columns that are patched one at a time; ``[None]``: all at once.
