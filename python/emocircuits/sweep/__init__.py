@@ -6,7 +6,8 @@
 """
 
 from emocircuits.sweep.api import Sweep
+from emocircuits.sweep.combinations import interaction
 from emocircuits.sweep.metrics import Metric, kl, log_prob, logit_diff, projection
 from emocircuits.sweep.results import SweepResult
 
-__all__ = ["Metric", "Sweep", "SweepResult", "kl", "log_prob", "logit_diff", "projection"]
+__all__ = ["Metric", "Sweep", "SweepResult", "interaction", "kl", "log_prob", "logit_diff", "projection"]

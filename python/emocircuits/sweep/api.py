@@ -14,6 +14,7 @@ from emocircuits.families import open_model
 from emocircuits.roles import prompt_roles
 from emocircuits.sweep import inputs
 from emocircuits.sweep.collect import collect
+from emocircuits.sweep.combinations import Heads, sweep_combinations
 from emocircuits.sweep.engine import evaluate
 from emocircuits.sweep.metrics import Metric, declared
 from emocircuits.sweep.planner import Forecast, Savings, Shape, announce, forecast, outside
@@ -183,6 +184,27 @@ class Sweep:
             ValueError: a route that no two tokens of the prompt have, or a strength that the reading does not take.
         """
         return sweep_routes(self, edit, by, reading, routes, layers, run)
+
+    def combinations(
+        self, heads: Heads, size: int | Sequence[int] = 2, positions: Positions = "all", top: int = 10,
+        limit: int = 5000,
+    ) -> SweepResult:  # fmt: skip
+        """Sets of heads patched together: [combination] or [combination, pos], labels such as "3.1+4.7".
+
+        Each head of a set is overwritten, whatever the patches below made of it. How far a set is from the sum of its
+        heads: :func:`~emocircuits.sweep.interaction`.
+
+        Args:
+            heads: (layer, head) pairs, or the result of :meth:`heads`, of which the `top` strongest are taken.
+            size: heads in a set: 2 for pairs, 3 for triples, or several sizes.
+            positions: see :meth:`heads`; a set is patched in the same columns.
+            top: how many heads of a result.
+            limit: patches that may be run.
+
+        Raises:
+            ValueError: a head that is not there, or more patches than `limit`.
+        """
+        return sweep_combinations(self, heads, size, positions, top, limit)
 
     # ---- the parts of a sweep -------------------------------------------------------------------------
 

@@ -48,13 +48,13 @@ def figure(result: SweepResult) -> go.Figure:
         views = [("", cells(shown, raw, None))]
 
     hover = (
-        f"layer %{{y}}, {across or 'positions'} %{{x}} %{{customdata[0]}}%{{customdata[1]}}<br>"
+        f"{result.axes[0]} %{{y}}, {across or 'positions'} %{{x}} %{{customdata[0]}}%{{customdata[1]}}<br>"
         f"{title} %{{z:.4f}}, metric %{{customdata[2]:.4f}}<extra></extra>"
     )
     drawn = go.Figure(
         go.Heatmap(
             z=views[0][1]["z"][0], customdata=views[0][1]["customdata"][0], x=list(range(len(names))),
-            y=[str(layer) for layer in result.labels["layer"]], zmin=-limit, zmax=limit, colorscale="RdBu_r",
+            y=[str(name) for name in result.labels[result.axes[0]]], zmin=-limit, zmax=limit, colorscale="RdBu_r",
             colorbar=dict(title=title, thickness=12), hovertemplate=hover,
         )
     )  # fmt: skip
@@ -62,8 +62,8 @@ def figure(result: SweepResult) -> go.Figure:
     ticks = list(range(0, len(names), step))
     texts = [f"{names[i]} {tokens[i]}".strip() for i in ticks]
     drawn.update_xaxes(title=across, tickvals=ticks, ticktext=texts)
-    drawn.update_yaxes(title="layer", type="category")
-    style(drawn, 120 + 18 * max(12, len(result.labels["layer"])))
+    drawn.update_yaxes(title=result.axes[0], type="category")
+    style(drawn, 120 + 18 * max(12, len(result.labels[result.axes[0]])))
     if len(views) > 1:
         buttons = [dict(label=label, method="restyle", args=[data]) for label, data in views]
         drawn.update_layout(

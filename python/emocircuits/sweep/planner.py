@@ -228,7 +228,7 @@ class Work:
         Args:
             kind: one of :data:`KINDS`.
             patch: layer and column.
-            size: neurons in a group.
+            size: neurons in a group, or heads patched together.
         """
         s = self.shape
         if self.savings.no_ops and not self.changes(kind, patch):
@@ -240,7 +240,7 @@ class Work:
             live = s.columns - start if patch.column is None else 1
         after = self.enter(patch.layer + 1, patch.column)
         if kind == "heads":
-            return live * (2 * s.head_dim * s.d_model + self.mlp) + after
+            return live * (2 * size * s.head_dim * s.d_model + self.mlp) + after
         if kind == "attn_out":
             return live * self.mlp + after
         if kind == "neurons":
