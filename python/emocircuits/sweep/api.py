@@ -20,10 +20,12 @@ from emocircuits.sweep.metrics import Metric, declared
 from emocircuits.sweep.planner import Forecast, Savings, Shape, announce, forecast, outside
 from emocircuits.sweep.qkv import names
 from emocircuits.sweep.readout import Readout, finishing
+from emocircuits.sweep.resample import Resampling
 from emocircuits.sweep.results import SweepResult
 from emocircuits.sweep.routes import Run, sweep_routes
+from emocircuits.sweep.several import Several, one_or_several, over_pairs
 from emocircuits.sweep.store import Store, open_store
-from emocircuits.sweep.targets import UNITS, Target, Variant, first_difference, values
+from emocircuits.sweep.targets import PATCHES, UNITS, Target, Variant, first_difference, same_frame, values
 from emocircuits.sweep.trace import refuse_hooks, trace
 from emokernels import Role
 
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from emocircuits.edits.heads import Reading
 
 Positions = str | Role | Sequence[int]
+Inputs = Mapping[str, Any] | Sequence[Mapping[str, Any]]
+Measure = Metric | Callable[[Tensor], Any] | Sequence[Metric | Callable[[Tensor], Any]]
 DOES = Savings(absorbed_values=False)
 
 
@@ -40,35 +44,52 @@ class Sweep:
     Both prompts run once, when the sweep is made, images included. Each patch then starts at its layer, in its column,
     from what the base run had there.
 
+    Of several pairs each is swept in turn, and every table is the mean over them, with the pairs' own tables in its
+    ``pairs`` and a bootstrap over them in its ``interval()``.
+
     Args:
         model: a Hugging Face model of a family that :func:`~emocircuits.families.open_model` knows, in eval mode.
-        clean, corrupt: model inputs of one row each and of the same token length.
-        metric: from :mod:`.metrics`, or a function from logits ``[1, tokens, vocabulary]`` to one number.
+        clean, corrupt: model inputs of one row each and of the same token length. For several pairs lists of them, or
+            batches of text prompts, a pair in each row; pairs need not be as long as one another.
+        metric: from :mod:`.metrics`, or a function from logits ``[1, tokens, vocabulary]`` to one number; for several
+            pairs one for all, or a list.
         direction: "denoise" patches clean values into the corrupt run, "noise" corrupt ones into the clean run.
         patch_with: "clean" (the values of the other prompt), "zero", "mean" (of the other prompt, over its tokens), or
             a tensor that broadcasts to ``[tokens, ...]`` of what is patched (``[heads, head_dim]``, ``[neurons]`` or
-            ``[d_model]``).
+            ``[d_model]``), or "resample" (the values of prompts drawn from `resample`, each patch its own).
         batch: whole prompts in a batch; None: what memory allows.
         out: a folder in which results are kept while they come in, one for each target; a killed sweep resumes.
         progress: show a bar with the time that remains.
+        resample: prompts to draw from, as long as the pair's own.
+        draws: prompts for each patch; the table is the mean over them, their own tables are in its ``draws``.
+        seed: of the draws.
 
     Raises:
         TypeError, ValueError, NotImplementedError: what cannot be swept exactly is refused here, before any patch runs.
     """
 
+    clean: float
+    corrupt: float
+    several: Several | None = None
+
+    @one_or_several
     def __init__(
-        self, model: nn.Module, clean: Mapping[str, Any], corrupt: Mapping[str, Any],
-        metric: Metric | Callable[[Tensor], Any], direction: str = "denoise", patch_with: str | Tensor = "clean",
-        batch: int | None = None, out: str | Path | None = None, progress: bool = True,
+        self, model: nn.Module, clean: Inputs, corrupt: Inputs, metric: Measure, direction: str = "denoise",
+        patch_with: str | Tensor = "clean", batch: int | None = None, out: str | Path | None = None,
+        progress: bool = True, resample: Sequence[Mapping[str, Any]] | None = None, draws: int = 1, seed: int = 0,
     ) -> None:  # fmt: skip
         if direction not in ("denoise", "noise"):
             raise ValueError(f"direction is {direction!r}, expected 'denoise' or 'noise'")
-        if not isinstance(patch_with, Tensor) and patch_with not in ("clean", "zero", "mean"):
-            raise ValueError(f"patch_with is {patch_with!r}, expected 'clean', 'zero', 'mean' or a tensor")
+        if not isinstance(patch_with, Tensor) and patch_with not in PATCHES:
+            raise ValueError(f"patch_with is {patch_with!r}, expected one of {', '.join(PATCHES)} or a tensor")
+        resampled = isinstance(patch_with, str) and patch_with == "resample"
+        if resample is not None and not resampled:
+            raise ValueError("resample= is given, and patch_with is not 'resample': nothing would be drawn from it")
         if batch is not None and batch < 1:
             raise ValueError(f"batch is {batch}, expected at least 1")
         if isinstance(patch_with, Tensor) and not bool(torch.isfinite(patch_with).all()):
             raise ValueError("patch_with has NaN or infinite values")
+        clean, corrupt = inputs.of_one(clean, "clean"), inputs.of_one(corrupt, "corrupt")
         self.columns = inputs.check(clean, corrupt)
         self.metric = declared(metric)
         self.metric.columns(self.columns)
@@ -91,7 +112,7 @@ class Sweep:
                     f"the text decoder sees {clean_run.columns} columns of {self.columns} tokens: give input_ids in "
                     "which every image already has its placeholder tokens"
                 )
-            _same_frame(clean_run.layers, corrupt_run.layers)
+            same_frame(clean_run, corrupt_run)
             self.base, self.source = (corrupt_run, clean_run) if direction == "denoise" else (clean_run, corrupt_run)
             self.first = first_difference(clean_run, corrupt_run)
             self.readout = Readout(self.handle, self.metric, clean_run, self.base, finish)
@@ -103,26 +124,32 @@ class Sweep:
         self.real = torch.ones(self.columns, dtype=torch.bool, device=device)
         if isinstance(mask, Tensor) and mask.ndim == 2:
             self.real = mask[0].bool().to(device)
+        self.resampling = Resampling(self, resample, draws, seed) if resampled else None
 
     # ---- targets --------------------------------------------------------------------------------------
 
+    @over_pairs
     def heads(self, positions: Positions = "all", layers: Sequence[int] | None = None) -> SweepResult:
         """Head outputs ``z``: axes [layer, head] for all positions at once, else [layer, pos, head]."""
         units = list(range(self.handle.geometry.heads))
         return self._sweep(Target("heads"), units, positions, layers)
 
+    @over_pairs
     def residual(self, positions: Positions = "all", layers: Sequence[int] | None = None) -> SweepResult:
         """The residual stream that enters a layer: [layer] or [layer, pos]."""
         return self._sweep(Target("residual"), [None], positions, layers)
 
+    @over_pairs
     def attn_out(self, positions: Positions = "all", layers: Sequence[int] | None = None) -> SweepResult:
         """What attention adds to the residual stream: [layer] or [layer, pos]."""
         return self._sweep(Target("attn_out"), [None], positions, layers)
 
+    @over_pairs
     def mlp_out(self, positions: Positions = "all", layers: Sequence[int] | None = None) -> SweepResult:
         """What the MLP adds to the residual stream: [layer] or [layer, pos]."""
         return self._sweep(Target("mlp_out"), [None], positions, layers)
 
+    @over_pairs
     def qkv(self, positions: Positions = "all", layers: Sequence[int] | None = None) -> SweepResult:
         """Queries of a head, keys or values of a key-value head: [layer, qkv] or [layer, pos, qkv].
 
@@ -132,6 +159,7 @@ class Sweep:
         units = list(range(g.heads + 2 * g.kv_heads))
         return self._sweep(Target("qkv"), units, positions, layers)
 
+    @over_pairs
     def neurons(
         self, groups: int | Sequence[Sequence[int]] = 16, positions: Positions = "all",
         layers: Sequence[int] | None = None,
@@ -160,6 +188,7 @@ class Sweep:
                 raise ValueError(f"groups must name neurons 0 to {total - 1}, at least one in each")
         return self._sweep(Target("neurons", chosen), list(range(len(chosen))), positions, layers)
 
+    @over_pairs
     def routes(
         self, edit: Literal["knockout", "boost"] = "knockout", by: float | None = None,
         reading: Reading | None = None, routes: Sequence[tuple[str | Role, str | Role]] | None = None,
@@ -185,6 +214,7 @@ class Sweep:
         """
         return sweep_routes(self, edit, by, reading, routes, layers, run)
 
+    @over_pairs
     def combinations(
         self, heads: Heads, size: int | Sequence[int] = 2, positions: Positions = "all", top: int = 10,
         limit: int = 5000,
@@ -205,6 +235,13 @@ class Sweep:
             ValueError: a head that is not there, or more patches than `limit`.
         """
         return sweep_combinations(self, heads, size, positions, top, limit)
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            if self.several is not None and not name.startswith("__"):
+                raise AttributeError(f"{name} is of one pair; this sweep has {len(self.several.pairs)}")
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     # ---- the parts of a sweep -------------------------------------------------------------------------
 
@@ -300,6 +337,19 @@ class Sweep:
         what: Mapping[str, Any],
     ) -> SweepResult:  # fmt: skip
         """Evaluate the patches of a table; ``what`` tells this target from others of its kind, also in a folder."""
+        if self.resampling is not None:
+            return self.resampling.table(self, target, variants, axes, labels, what)
+
+        def run(todo: Sequence[Variant]) -> Iterator[tuple[slice, Tensor]]:
+            return evaluate(self, target, todo, self.batch)
+
+        return self.collected(run, target, variants, axes, labels, what)
+
+    def collected(
+        self, run: Callable[[Sequence[Any]], Iterator[tuple[slice, Tensor]]], target: Target, variants: Sequence[Any],
+        axes: tuple[str, ...], labels: dict[str, list[Any]], what: Mapping[str, Any],
+    ) -> SweepResult:  # fmt: skip
+        """A table of what ``run`` gives for variants: counted, stored, resumed, with a bar."""
         refuse_hooks(self.handle)
         what = {
             "target": target.kind, "positions": labels.get("pos", "all"), "direction": self.direction,
@@ -311,10 +361,6 @@ class Sweep:
             "dtype": str(self.base.layers[0].resid_pre.dtype).removeprefix("torch."), "first_difference": self.first,
         }  # fmt: skip
         costs = self._announce(target, variants)
-
-        def run(todo: Sequence[Variant]) -> Iterator[tuple[slice, Tensor]]:
-            return evaluate(self, target, todo, self.batch)
-
         return collect(
             run, variants, axes=axes, labels=labels, clean=self.clean, corrupt=self.corrupt, meta=meta,
             store=self._store(target, what, variants), costs=costs, progress=self.progress,
@@ -339,16 +385,3 @@ class Sweep:
             corrupt=self.corrupt_inputs, what={**what, "metric": self.metric}, variants=variants,
             baselines=(self.clean, self.corrupt),
         )  # fmt: skip
-
-
-def _same_frame(clean: Sequence[Any], corrupt: Sequence[Any]) -> None:
-    """Masks and positions must be the same in both runs: a patch carries neither over."""
-    for i, (a, b) in enumerate(zip(clean, corrupt, strict=True)):
-        if not torch.equal(a.mask, b.mask):
-            raise ValueError(f"the attention masks of clean and corrupt differ in layer {i}")
-        for name, value in a.kwargs.items():
-            other = b.kwargs[name]
-            left, right = (v if isinstance(v, tuple | list) else (v,) for v in (value, other))
-            for x, y in zip(left, right, strict=True):
-                if isinstance(x, Tensor) and not torch.equal(x, y):
-                    raise ValueError(f"{name} of clean and corrupt differ: a column is not the same place in both")

@@ -8,13 +8,13 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from emocircuits.sweep import progress as telling
 from emocircuits.sweep.results import SweepResult
 from emocircuits.sweep.store import Patch, Store
 
 V = TypeVar("V", bound=Patch)
-FORMAT = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}{postfix}]"
+FIELDS = {"layer": "layer", "pos": "column", "draw": "draw"}
 
 
 def collect(
@@ -45,20 +45,15 @@ def collect(
     total = sum(weights)
     weights = [w + 1e-6 * (total / len(variants) or 1.0) for w in weights]
     total = sum(weights)
+    table = torch.full(tuple(len(labels[a]) for a in axes), float("nan"), dtype=torch.float64)
+    result = SweepResult(table, clean, corrupt, axes, labels, dict(meta or {}))
+    telling.table(result, total)
     with contextlib.ExitStack() as stack:
         done = {} if store is None else dict(stack.enter_context(store).done)
         todo = [i for i in range(len(variants)) if i not in done]
         name = str((meta or {}).get("target", "sweep"))
-        bar = stack.enter_context(
-            tqdm(
-                total=total,
-                desc=name,
-                disable=not progress,
-                bar_format=FORMAT,
-                initial=sum(weights[i] for i in done),
-            )
-        )
-        bar.set_postfix_str(f"{len(done)}/{len(variants)} patches")  # drawn at once: from what it starts
+        bar = stack.enter_context(telling.bar(name, total, len(variants), progress))
+        bar.has(sum(weights[i] for i in done), len(done))
         for part, values in evaluate([variants[i] for i in todo]) if todo else ():
             chunk = todo[part]
             numbers = values.detach().to("cpu", torch.float64).flatten().tolist()
@@ -68,16 +63,13 @@ def collect(
             done.update(new)
             if store is not None:
                 store.add(new)
-            bar.set_postfix_str(f"{len(done)}/{len(variants)} patches", refresh=False)
-            # Not beyond the total by a rounding error.
-            bar.update(min(sum(weights[i] for i in chunk), total - bar.n))
+            bar.add(sum(weights[i] for i in chunk), len(chunk))
     missing = len(variants) - len(done)
     if missing:
         raise ValueError(f"the engine left {missing} of {len(variants)} variants out")
-    table = torch.full(tuple(len(labels[a]) for a in axes), float("nan"), dtype=torch.float64)
     for i, cell in enumerate(cells):
         table[cell] = done[i]
-    return SweepResult(table, clean, corrupt, axes, labels, dict(meta or {}))
+    return result
 
 
 def _cells(variants: Sequence[Patch], axes: tuple[str, ...], labels: Mapping[str, list[Any]]) -> list[tuple[int, ...]]:
@@ -86,7 +78,7 @@ def _cells(variants: Sequence[Patch], axes: tuple[str, ...], labels: Mapping[str
     cells = []
     for v in variants:
         found = [
-            (v.layer if axis == "layer" else v.column if axis == "pos" else v.unit, where[axis], len(labels[axis]))
+            (getattr(v, FIELDS.get(axis, "unit")), where[axis], len(labels[axis]))
             for axis in axes
         ]
         cell = []

@@ -12,6 +12,17 @@ PICTURES = ("pixel_values", "pixel_values_videos", "image_sizes", "image_grid_th
 SAME = ("attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids")
 
 
+def of_one(given: object, side: str) -> Mapping[str, Any]:
+    """Model inputs of one prompt.
+
+    Raises:
+        TypeError: no mapping with ``input_ids``.
+    """
+    if not isinstance(given, Mapping) or not isinstance(given.get("input_ids"), Tensor):
+        raise TypeError(f"{side} is {type(given).__name__}: expected a dict of model inputs with input_ids")
+    return given
+
+
 def check(clean: Mapping[str, Any], corrupt: Mapping[str, Any]) -> int:
     """Check a pair of model inputs, one row each.
 
@@ -21,14 +32,14 @@ def check(clean: Mapping[str, Any], corrupt: Mapping[str, Any]) -> int:
     Raises:
         ValueError: other than one row a side, different token length, padding or positions that differ, or inputs
             (such as an image) on one side only.
-        TypeError: an input that is no mapping with ``input_ids``.
     """
     for side, inputs in (("clean", clean), ("corrupt", corrupt)):
-        if not isinstance(inputs, Mapping) or not isinstance(inputs.get("input_ids"), Tensor):
-            raise TypeError(f"{side} is {type(inputs).__name__}: expected a dict of model inputs with input_ids")
         shape = tuple(inputs["input_ids"].shape)
         if len(shape) != 2 or shape[0] != 1 or not shape[1]:
-            raise ValueError(f"{side}: input_ids are {list(shape)}, expected [1, tokens]; sweep one pair at a time")
+            raise ValueError(
+                f"{side}: input_ids are {list(shape)}, expected [1, tokens]; for several "
+                "pairs give lists with a dict for each prompt, or batches of rows on both sides"
+            )
         if inputs.get("past_key_values") is not None:
             raise ValueError(f"{side} continues on a cache; give the whole prompt")
     given = {side: {k for k, v in inputs.items() if v is not None} for side, inputs in _both(clean, corrupt)}

@@ -153,7 +153,7 @@ def projection(direction: Tensor, layer: int = -1, pos: int = -1) -> Metric:
     return Projection(pos, direction.detach(), int(layer))
 
 
-def declared(metric: Metric | Callable[[Tensor], Any]) -> Metric:
+def declared(metric: object) -> Metric:
     """A metric as the engine reads it.
 
     Raises:

@@ -27,6 +27,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from emocircuits.families import Handle
+from emocircuits.sweep import progress
 from emocircuits.sweep.store import Patch
 
 KINDS = ("heads", "neurons", "residual", "attn_out", "mlp_out", "qkv")
@@ -288,6 +289,14 @@ class Forecast:
     seconds: float | None = None
     costs: tuple[int, ...] = ()
 
+    @classmethod
+    def sum(cls, parts: Sequence[Forecast]) -> Forecast:
+        """Of several sweeps in all; a plain pass is one of the first."""
+        patches, no_ops, flops, naive, least = (
+            sum(getattr(part, name) for part in parts) for name in ("patches", "no_ops", "flops", "naive", "least")
+        )
+        return cls(patches, no_ops, flops, naive, least, parts[0].forward)
+
     @property
     def lines(self) -> list[str]:
         """A few lines to print before the run."""
@@ -371,7 +380,12 @@ def measure(forward: Callable[[], object], flops: int, *, seconds: float = 0.5) 
 
 
 def announce(found: Forecast, forward: Callable[[], object]) -> None:
-    """Print a forecast to standard error, with the time expected at the rate of ``forward``, timed here."""
+    """Print a forecast to standard error, with the time expected at the rate of ``forward``, timed here.
+
+    Of several pairs one forecast is printed for all (:mod:`.several`).
+    """
+    if progress.heard(found):
+        return
     rate = measure(forward, found.forward, seconds=0.2)
     told = dc.replace(found, seconds=found.flops / rate)
     tqdm.write("\n".join(told.lines), file=sys.stderr)
