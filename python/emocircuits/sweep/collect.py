@@ -77,10 +77,7 @@ def _cells(variants: Sequence[Patch], axes: tuple[str, ...], labels: Mapping[str
     where = {axis: {label: i for i, label in enumerate(labels[axis])} for axis in axes}
     cells = []
     for v in variants:
-        found = [
-            (getattr(v, FIELDS.get(axis, "unit")), where[axis], len(labels[axis]))
-            for axis in axes
-        ]
+        found = [(getattr(v, FIELDS.get(axis, "unit")), where[axis], len(labels[axis])) for axis in axes]
         cell = []
         for axis, (value, known, size) in zip(axes, found, strict=True):
             named = axis not in ("layer", "pos") and any(isinstance(k, str) for k in known)

@@ -39,6 +39,7 @@ class SweepResult:
         meta: what was swept, on what: JSON-ready.
         pairs: of several pairs, ``values`` of each, ``[pairs, *values.shape]``; else None.
         baselines: of several pairs, clean and corrupt of each, ``[pairs, 2]``; else None.
+        draws: where patches come from drawn prompts, ``values`` of each draw, ``[draws, *values.shape]``; else None.
     """
 
     values: Tensor
@@ -49,6 +50,7 @@ class SweepResult:
     meta: dict[str, Any] = dc.field(default_factory=dict)
     pairs: Tensor | None = None
     baselines: Tensor | None = None
+    draws: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.values.dtype != torch.float64 or self.values.device.type != "cpu":
@@ -126,18 +128,25 @@ class SweepResult:
     def interval(
         self, of: Literal["effects", "values"] = "effects", *, seed: int = 0, resamples: int = 2000
     ) -> tuple[Tensor, Tensor]:
-        """95 % bootstrap interval over the pairs: lower and upper bounds, each as ``values``.
+        """95 % bootstrap interval over the pairs, of one pair over its draws: bounds, each as ``values``.
 
         Raises:
-            ValueError: fewer than two pairs, or, for effects, baselines that do not differ.
+            ValueError: fewer than two pairs or draws, or, for effects, baselines that do not differ.
         """
-        if self.pairs is None or self.baselines is None:
-            raise ValueError("an interval needs several pairs; this is the result of one (see SweepResult.mean)")
+        samples, baselines = self.pairs, self.baselines
+        if samples is None and self.draws is not None and len(self.draws) > 1:
+            samples = self.draws
+            baselines = torch.tensor([[self.clean, self.corrupt]], dtype=torch.float64).expand(len(samples), 2)
+        if samples is None or baselines is None:
+            raise ValueError(
+                "an interval needs several pairs (see SweepResult.mean), or several draws of resampled patches; this "
+                "is the result of one"
+            )
         if of == "effects":
             _ = self.effects
-            below, above = self.baselines[:, 0] - self.baselines[:, 1], self.pairs - _column(self.baselines, 1, self)
+            below, above = baselines[:, 0] - baselines[:, 1], samples - _column(baselines, 1, self)
         elif of == "values":
-            below, above = torch.ones(len(self.pairs), dtype=torch.float64), self.pairs
+            below, above = torch.ones(len(samples), dtype=torch.float64), samples
         else:
             raise ValueError(f"of={of!r}: expected 'effects' or 'values'")
         low, high = intervals(above.numpy(), below.numpy(), seed=seed, resamples=resamples)
@@ -159,7 +168,7 @@ class SweepResult:
                 columns[extra] = [self.labels[extra][i] for i in index]
         columns["value"] = self.values.flatten().numpy()
         columns["effect"] = self.effects.flatten().numpy() if self.measurable else np.nan
-        if self.pairs is not None and self.measurable:
+        if (self.pairs is not None or (self.draws is not None and len(self.draws) > 1)) and self.measurable:
             low, high = self.interval()
             columns |= {"effect_low": low.flatten().numpy(), "effect_high": high.flatten().numpy()}
         return pd.DataFrame(columns)
@@ -197,7 +206,9 @@ class SweepResult:
     def save(self, folder: str | Path) -> Path:
         """Write ``sweep.json`` and the tensors beside it as safetensors; an interrupted write leaves the old result."""
         folder = Path(folder)
-        tensors = {"values": self.values, "pairs": self.pairs, "baselines": self.baselines}
+        tensors = {
+            "values": self.values, "pairs": self.pairs, "baselines": self.baselines, "draws": self.draws,
+        }  # fmt: skip
         data = save({k: v.contiguous() for k, v in tensors.items() if v is not None})
         name = f"values-{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
         write_bytes(folder / name, data)
@@ -233,7 +244,7 @@ class SweepResult:
         clean, corrupt = (float("nan") if record[k] is None else float(record[k]) for k in ("clean", "corrupt"))
         return cls(
             tensors["values"], clean, corrupt, tuple(record["axes"]), record["labels"], record["meta"],
-            tensors.get("pairs"), tensors.get("baselines"),
+            tensors.get("pairs"), tensors.get("baselines"), tensors.get("draws"),
         )  # fmt: skip
 
     def __repr__(self) -> str:

@@ -222,7 +222,7 @@ def existing(base: Trace, roles: Tensor, wanted: Sequence[Pair] | None) -> tuple
 def _on(sweep: Sweep, run: Run) -> Sweep:
     """The sweep with ``run`` as the one that is edited."""
     on = copy.copy(sweep)
-    on.direction, on.first = ("noise" if run == "clean" else "denoise"), 0
+    on.direction, on.first, on.resampling = ("noise" if run == "clean" else "denoise"), 0, None
     if on.direction != sweep.direction:
         inputs = sweep.clean_inputs if run == "clean" else sweep.corrupt_inputs
         with torch.inference_mode():

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from emocircuits.sweep.planner import Work
 
 KINDS = ("heads", "neurons", "residual", "attn_out", "mlp_out", "qkv")
+PATCHES = ("clean", "zero", "mean", "resample")
 UNITS = {"heads": "head", "neurons": "group", "qkv": "qkv"}
 
 
@@ -78,8 +79,8 @@ def values(target: Target, source: LayerTrace, patch: str | Tensor, real: Tensor
     Args:
         target: the kind.
         source: this layer in the run that patches come from.
-        patch: "clean" (that run's own values), "zero", "mean" (that run's mean over real columns), or a tensor that
-            broadcasts to the site.
+        patch: "clean" or "resample" (that run's own values), "zero", "mean" (that run's mean over real columns), or a
+            tensor that broadcasts to the site.
         real: ``[T]`` bool.
 
     Raises:
@@ -221,6 +222,25 @@ class Entry:
             chosen_neurons = span(group)
             parts.append(change[:, chosen_neurons] @ weight[chosen_neurons])
         return torch.cat(parts)
+
+
+def same_frame(clean: Trace, corrupt: Trace) -> None:
+    """Masks and positions must be the same in both runs: a patch carries neither over.
+
+    Raises:
+        ValueError: they are not.
+    """
+    for i, (a, b) in enumerate(zip(clean.layers, corrupt.layers, strict=True)):
+        assert a.mask is not None
+        assert b.mask is not None
+        if not torch.equal(a.mask, b.mask):
+            raise ValueError(f"the attention masks of clean and corrupt differ in layer {i}")
+        for name, value in a.kwargs.items():
+            other = b.kwargs[name]
+            left, right = (v if isinstance(v, tuple | list) else (v,) for v in (value, other))
+            for x, y in zip(left, right, strict=True):
+                if isinstance(x, Tensor) and not torch.equal(x, y):
+                    raise ValueError(f"{name} of clean and corrupt differ: a column is not the same place in both")
 
 
 def first_difference(clean: Trace, corrupt: Trace) -> int:
