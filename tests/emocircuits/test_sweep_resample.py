@@ -231,6 +231,4 @@ def test_refusals():
     llava, clean, corrupt, others = prompts_of("llava")
     del others[2]["pixel_values"]
     with pytest.raises(ValueError, match=r"resample\[2\].*an image on one side only"):
-        sweep(resample=others) if False else Sweep(
-            llava, clean, corrupt, logit_diff(A, B), patch_with="resample", resample=others, progress=False
-        )
+        Sweep(llava, clean, corrupt, logit_diff(A, B), patch_with="resample", resample=others, progress=False)

@@ -154,7 +154,7 @@ def strongest(result: SweepResult, top: int) -> list[Head]:
     """
     if "layer" not in result.axes or "head" not in result.axes:
         raise ValueError(f"a result of {', '.join(result.axes)}: expected one of heads, such as sweep.heads()")
-    moved = (result.values - _base(result)).abs()
+    moved = (result.values - result.base).abs()
     moved = moved.movedim([result.axes.index("layer"), result.axes.index("head")], [0, 1])
     moved = moved.reshape(*moved.shape[:2], -1).amax(-1)
     if not 1 <= top <= moved.numel():
@@ -195,12 +195,12 @@ def interaction(found: SweepResult, singles: SweepResult, of: Literal["effects",
     if of not in ("effects", "values"):
         raise ValueError(f"of={of!r}: expected 'effects' or 'values'")
     each = _singles(singles)
-    moved = found.values - _base(found)
+    moved = found.values - found.base
     for i, name in enumerate(found.labels["combination"]):
         for head in name.split("+"):
             if head not in each:
                 raise ValueError(f"head {head} of {name} is not among the single heads")
-            moved[i] -= each[head] - _base(found)
+            moved[i] -= each[head] - found.base
     if of == "values":
         return moved
     _ = found.effects
@@ -216,8 +216,3 @@ def _singles(result: SweepResult) -> dict[str, Tensor]:
     by_head = result.values.movedim([result.axes.index("layer"), result.axes.index("head")], [0, 1])
     labels: Any = result.labels
     return {f"{l}.{h}": by_head[i, j] for i, l in enumerate(labels["layer"]) for j, h in enumerate(labels["head"])}
-
-
-def _base(result: SweepResult) -> float:
-    """The metric of the run that was patched."""
-    return result.clean if result.meta.get("direction") == "noise" else result.corrupt

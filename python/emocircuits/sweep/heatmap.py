@@ -16,15 +16,17 @@ if TYPE_CHECKING:
 def figure(result: SweepResult) -> go.Figure:
     """Layer by position or unit, diverging around zero; a menu chooses among the entries of a third axis."""
     measurable = result.measurable
-    shown = (result.effects if measurable else result.values - result.corrupt).numpy()
+    shown = (result.effects if measurable else result.values - result.base).numpy()
+    # What the unpatched run has.
+    middle = (result.base - result.corrupt) / result.gap if measurable else 0.0
     raw = result.values.numpy()
-    title = "effect" if measurable else "metric - corrupt"
+    title = "effect" if measurable else "metric - unpatched"
     if shown.ndim == 1:
         shown, raw = shown[:, None], raw[:, None]
     across = result.axes[1] if len(result.axes) > 1 else ""
     names = result.labels[across] if across else ["all positions"]
     tokens = result.labels.get("token", [""] * len(names)) if across == "pos" else [""] * len(names)
-    limit = float(np.nanmax(np.abs(shown), initial=0.0)) or 1.0
+    limit = float(np.nanmax(np.abs(shown - middle), initial=0.0)) or 1.0
 
     def cells(z: np.ndarray, values: np.ndarray, which: np.ndarray | None) -> dict[str, Any]:
         extra = [[str(tokens[j]) for j in range(z.shape[1])] for _ in range(z.shape[0])]
@@ -37,7 +39,7 @@ def figure(result: SweepResult) -> go.Figure:
 
     if shown.ndim == 3:
         units = np.asarray(result.labels[result.axes[2]], object)
-        best = np.abs(np.nan_to_num(shown)).argmax(-1)
+        best = np.abs(np.nan_to_num(shown - middle)).argmax(-1)
         take = lambda a: np.take_along_axis(a, best[..., None], -1)[..., 0]  # noqa: E731
         views = [(f"strongest {result.axes[2]}", cells(take(shown), take(raw), units[best]))]
         views += [
@@ -54,8 +56,8 @@ def figure(result: SweepResult) -> go.Figure:
     drawn = go.Figure(
         go.Heatmap(
             z=views[0][1]["z"][0], customdata=views[0][1]["customdata"][0], x=list(range(len(names))),
-            y=[str(name) for name in result.labels[result.axes[0]]], zmin=-limit, zmax=limit, colorscale="RdBu_r",
-            colorbar=dict(title=title, thickness=12), hovertemplate=hover,
+            y=[str(name) for name in result.labels[result.axes[0]]], zmin=middle - limit, zmax=middle + limit,
+            colorscale="RdBu_r", colorbar=dict(title=title, thickness=12), hovertemplate=hover,
         )
     )  # fmt: skip
     step = max(1, len(names) // 40)

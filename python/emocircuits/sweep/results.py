@@ -68,6 +68,11 @@ class SweepResult:
         return self.clean - self.corrupt
 
     @property
+    def base(self) -> float:
+        """The metric of the run that was patched: the clean one where patches add noise."""
+        return self.clean if self.meta.get("direction") == "noise" else self.corrupt
+
+    @property
     def measurable(self) -> bool:
         """Whether the two baselines differ by more than the rounding of the model's arithmetic."""
         dtype = getattr(torch, str(self.meta.get("dtype", "float32")), torch.float32)
@@ -179,7 +184,7 @@ class SweepResult:
 
     def top(self, n: int = 10) -> list[dict[str, Any]]:
         """The ``n`` patches that move the metric most, strongest first: axes, value, effect (None without one)."""
-        moved = (self.values - self.corrupt).abs().flatten().nan_to_num(-1.0)
+        moved = (self.values - self.base).abs().flatten().nan_to_num(-1.0)
         found = []
         for flat in moved.argsort(descending=True, stable=True)[:n].tolist():
             where = np.unravel_index(flat, tuple(self.values.shape))
@@ -191,9 +196,10 @@ class SweepResult:
         return found
 
     def plot(self, path: str | Path | None = None) -> go.Figure:
-        """A heatmap of the effects (of ``values - corrupt`` where there are none), written to ``path`` as one page.
+        """A heatmap of the effects, written to ``path`` as one page; of the metric's change where there are none.
 
-        Layers go up, positions (else the last axis) to the right. A third axis is chosen in a menu, which starts with
+        Colours diverge around what the unpatched run has: an effect of 0, or of 1 where patches add noise. Layers go
+        up, positions (else the last axis) to the right. A third axis is chosen in a menu, which starts with
         its strongest entry at each place.
         """
         from emocircuits.sweep.heatmap import figure
