@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
+import families_harness as harness
+import families_vision_models  # noqa: F401  registers its builders
 import oracle
 import pytest
 import torch
 from models import build, prompt
 from test_sweep_engine import A, B, agree, difference, pair
+from test_sweep_families import pair as harness_pair
 
 from emocircuits import BoostRoute, Plan, patch
 from emocircuits.sweep import Sweep, kl, logit_diff, projection
@@ -215,3 +220,46 @@ def test_the_result_is_a_table_like_others(tmp_path):
     page = found.plot(tmp_path / "routes.html")
     assert [b.label for b in page.layout.updatemenus[0].buttons][1:] == [f"route {n}" for n in TEXT]
     assert abs(page.data[0].zmin + page.data[0].zmax - 2) < 1e-9
+
+
+@pytest.mark.parametrize("name", ["Gemma 2", "Gemma 3 (vision)", "PaliGemma", "Qwen2.5-VL"])
+def test_families(name):
+    """Capped logits, images that attend to all of themselves, rotary embedding of images."""
+    model, exact, make_inputs, tolerance = harness.built(name)
+    clean, corrupt = harness_pair(model, make_inputs)
+    sweep = Sweep(model, clean, corrupt, logit_diff(A, B), progress=False)
+    found = sweep.routes(layers=[1])
+    labels = found.labels["route"]
+    assert ("query<-visual" in labels) == sweep.handle.sees
+    base = found.clean
+    for head in (0, sweep.handle.geometry.heads - 1):
+        logits = [oracle.logits(exact, clean, edits(n, 1, head, None, None)) for n in labels]
+        expected = torch.tensor([float(difference(x)) for x in logits], dtype=torch.float64)
+        spread = float((expected - base).abs().max())
+        assert spread > 1e-3
+        assert float((found.values[0, head] - expected).abs().max()) <= tolerance * max(spread, 1.0)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llava"])
+def test_float32(kind):
+    exact, clean, _ = pair(kind)
+    small = copy.deepcopy(exact).float()
+    _, clean32, corrupt32 = pair(kind, torch.float32)
+    found = Sweep(small, clean32, corrupt32, logit_diff(A, B), progress=False).routes("boost", by=1.5)
+    expected = Sweep(exact, clean, pair(kind)[2], logit_diff(A, B), progress=False).routes("boost", by=1.5)
+    agree(found.values, expected.values, 2e-5, expected.gap)
+
+
+@torch.no_grad()
+def test_bfloat16_rounds_like_a_patched_model():
+    small = copy.deepcopy(pair("qwen2")[0]).bfloat16()
+    exact = copy.deepcopy(small).double()
+    _, clean, corrupt = pair("qwen2")
+    found = Sweep(small, clean, corrupt, logit_diff(A, B), progress=False).routes(layers=[1])
+    loop, truth = torch.zeros(2, 4, 3, dtype=torch.float64)
+    for table, model in ((loop, small), (truth, exact)):
+        for head in range(4):
+            for r, name in enumerate(TEXT):
+                with patch(model, edits(name, 1, head, None, None)):
+                    table[head, r] = float(difference(model(**clean).logits.double()))
+    assert float((found.values[0] - truth).abs().max()) <= 2 * float((loop - truth).abs().max())
