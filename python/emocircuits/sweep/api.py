@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -19,13 +20,23 @@ from emocircuits.sweep.engine import evaluate
 from emocircuits.sweep.metrics import Metric, declared
 from emocircuits.sweep.planner import Forecast, Savings, Shape, announce, forecast, outside
 from emocircuits.sweep.qkv import names
-from emocircuits.sweep.readout import Readout, finishing
+from emocircuits.sweep.readout import Readout, finishing, refuse_padding
 from emocircuits.sweep.resample import Resampling
 from emocircuits.sweep.results import SweepResult
 from emocircuits.sweep.routes import Run, sweep_routes
 from emocircuits.sweep.several import Several, one_or_several, over_pairs
+from emocircuits.sweep.stale import Weights, refuse_patched
 from emocircuits.sweep.store import Store, open_store
-from emocircuits.sweep.targets import PATCHES, UNITS, Target, Variant, first_difference, same_frame, values
+from emocircuits.sweep.targets import (
+    PATCHES,
+    UNITS,
+    Target,
+    Variant,
+    first_difference,
+    refuse_wrapped,
+    same_frame,
+    values,
+)
 from emocircuits.sweep.trace import refuse_hooks, trace
 from emokernels import Role
 
@@ -98,6 +109,7 @@ class Sweep:
         self.direction, self.patch_with, self.batch, self.out, self.progress = (
             direction, patch_with, batch, out, progress,
         )  # fmt: skip
+        refuse_patched(self.handle)
         refuse_hooks(self.handle)
         with torch.inference_mode():
             runs = []
@@ -124,6 +136,11 @@ class Sweep:
         self.real = torch.ones(self.columns, dtype=torch.bool, device=device)
         if isinstance(mask, Tensor) and mask.ndim == 2:
             self.real = mask[0].bool().to(device)
+        refuse_padding(self.readout, self.real)
+        for side, value in (("clean", self.clean), ("corrupt", self.corrupt)):
+            if not math.isfinite(value):
+                raise ValueError(f"the metric of the {side} prompt is {value}: nothing can be measured with it")
+        self.weights = Weights(self.handle)
         self.resampling = Resampling(self, resample, draws, seed) if resampled else None
 
     # ---- targets --------------------------------------------------------------------------------------
@@ -351,6 +368,7 @@ class Sweep:
     ) -> SweepResult:  # fmt: skip
         """A table of what ``run`` gives for variants: counted, stored, resumed, with a bar."""
         refuse_hooks(self.handle)
+        refuse_wrapped(self.handle, target.kind, sorted({v.layer for v in variants}))
         what = {
             "target": target.kind, "positions": labels.get("pos", "all"), "direction": self.direction,
             "patch_with": self.patch_with, **what,

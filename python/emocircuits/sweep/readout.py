@@ -43,8 +43,8 @@ class Readout:
             if not all(0 <= r < probe.shape[-1] for r in metric.rows):
                 raise ValueError(f"the metric reads vocabulary rows {metric.rows}; the model has {probe.shape[-1]}")
             self.rows = torch.tensor(metric.rows, device=probe.device)
-            # Of anything but a plain linear layer (quantised, with an adapter) all rows are computed.
-            if type(handle.unembed) is nn.Linear:
+            # Of anything but a plain linear layer (quantised, an adapter, a forward of its own) all rows are computed.
+            if type(handle.unembed) is nn.Linear and "forward" not in vars(handle.unembed):
                 self.weight = handle.unembed.weight[self.rows].detach()
         self.reference = self.of(clean)
         self.base = self.of(base)
@@ -85,6 +85,36 @@ class Readout:
         return self.value(torch.cat(whole))
 
 
+@torch.inference_mode()
+def refuse_padding(readout: Readout, real: Tensor) -> None:
+    """Refuse a metric that reads padding: what a model says there means nothing.
+
+    Args:
+        readout: the metric on a pair.
+        real: ``[T]`` bool, False for padding.
+
+    Raises:
+        ValueError: the metric names a padded column, or its function gives another value where padding says another
+            thing.
+    """
+    padded = ~real[list(readout.columns)]
+    if not bool(padded.any()):
+        return
+    if readout.metric.pos is None:
+        noise = torch.zeros_like(readout.base)
+        g = torch.Generator().manual_seed(0)
+        spread = 1 + float(readout.base.float().std())
+        noise[:, padded] = (10 * spread * torch.randn(noise[:, padded].shape, generator=g)).to(noise)
+        values = [float(readout.value(readout.base + by * noise)) for by in (0, 1, -1)]
+        if len(set(values)) == 1:
+            return
+    first, last = (int(real.nonzero().flatten()[i]) for i in (0, -1))
+    raise ValueError(
+        f"the metric reads padding; the prompt's own columns are {first} to {last} (columns count padding): name one "
+        "of them, or leave the padding out"
+    )
+
+
 def scaled(handle: Handle, logits: Tensor) -> Tensor:
     """What models do with logits after the unembedding: scaling (Cohere, Granite) and a cap (Gemma 2)."""
     config: Any = handle.text_config
@@ -107,9 +137,12 @@ def finishing(handle: Handle, run: Trace, logits: Tensor) -> Finish:
         logits: the model's own of that run, ``[T, vocabulary]``.
 
     Raises:
+        ValueError: logits that are not finite.
         NotImplementedError: the logits are not made from the last residual stream in a known way.
     """
     theirs = logits[-1].float()
+    if not bool(theirs.isfinite().all()):
+        raise ValueError("the model's logits have NaN or infinite values; nothing can be measured")
     raw = handle.unembed(handle.norm(run.layers[-1].resid_post[-1:]))
     near = 2e-2 if raw.element_size() == 2 else 1e-4
     for finish in (scaled, _plain):

@@ -47,11 +47,15 @@ def one_or_several(init: M) -> M:
 
 
 def over_pairs(method: M) -> M:
-    """For a public method of ``Sweep`` that gives a table: of several pairs, the mean of their tables."""
+    """For a public method of ``Sweep`` that gives a table: of several pairs, the mean of their tables.
+
+    A model that has changed since the sweep ran its prompts is refused.
+    """
 
     @functools.wraps(method)
     def whole(self: Sweep, *args: Any, **more: Any) -> Any:
         if self.several is None:
+            self.weights.check()
             return method(self, *args, **more)
         return self.several.run(method, args, more)
 

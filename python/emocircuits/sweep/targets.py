@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses as dc
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -109,6 +109,9 @@ def rows(projection: torch.nn.Module) -> Tensor:
     Raises:
         NotImplementedError: not a plain linear layer (quantised, or with an adapter).
     """
+    # accelerate's wrappers move tensors and compute the same.
+    if "forward" in vars(projection) and not hasattr(projection, "_hf_hook"):
+        raise NotImplementedError(f"a {type(projection).__name__} with a forward of its own; remove it before a sweep")
     if isinstance(projection, Conv1D):
         return projection.weight.detach()
     if type(projection) is torch.nn.Linear:
@@ -116,6 +119,25 @@ def rows(projection: torch.nn.Module) -> Tensor:
     raise NotImplementedError(
         f"a {type(projection).__name__} in place of a linear layer; merge adapters or load the model unquantised"
     )
+
+
+def refuse_wrapped(handle: Handle, kind: str, layers: Iterable[int]) -> None:
+    """Refuse layers whose weights patches of a kind need and cannot have, before any of them runs.
+
+    Raises:
+        NotImplementedError: see :func:`rows`; the message names the layer.
+    """
+    if kind in ("heads", "qkv", "combinations"):
+        projections = handle.output_projections
+    elif kind == "neurons":
+        projections = handle.down_projections
+    else:
+        return
+    for layer in layers:
+        try:
+            rows(projections[layer])
+        except NotImplementedError as error:
+            raise NotImplementedError(f"layer {layer} has {error}") from error
 
 
 class Entry:

@@ -228,13 +228,13 @@ def _check(handle: Handle, i: int, record: LayerTrace, calls: int, side: str) ->
         raise NotImplementedError(f"layer {i} attends to {record.k.shape[2]} keys in a prompt of {total} columns")
     if record.mask is not None and record.mask.shape[-2:] != (total, total):
         raise NotImplementedError(f"layer {i} has a mask of {list(record.mask.shape)} for {total} columns")
-    if record.projected is None or not torch.equal(record.projected, record.attention):
-        raise NotImplementedError(f"attention of layer {i} does something after its output projection")
     for name in ("resid_pre", "q", "k", "v", "z", "attention", "mlp", "resid_post"):
         if not bool(torch.isfinite(getattr(record, name)).all()):
             raise ValueError(
                 f"{name} of layer {i} in the {side} run has NaN or infinite values; nothing can be measured"
             )
+    if record.projected is None or not torch.equal(record.projected, record.attention):
+        raise NotImplementedError(f"attention of layer {i} does something after its output projection")
     mask = record.mask
     # Additive, so that attention need not turn it into that in every call.
     seen = visible(mask, record.q)
