@@ -84,16 +84,12 @@ class VEENA:
         """The edits as a Plan; with ``model`` given, checked to be a model that the circuit fits.
 
         Raises:
-            ValueError: the circuit was found in a model of another type or depth, or the model sees no images.
+            ValueError: the circuit was found in a model of another type, depth or weights, or the model sees no images.
         """
         if model is not None:
             handle = open_model(model)
-            kind, depth = handle.config.model_type, handle.geometry.layers
-            if (kind, depth) != (self.circuit.model_type, self.circuit.layers):
-                raise ValueError(
-                    f"the circuit was found in a {self.circuit.model_type!r} model of {self.circuit.layers} layers, "
-                    f"this is {kind!r} with {depth}; find the circuit of this model first"
-                )
+            kind = handle.config.model_type
+            self.circuit.require(model, kind, handle.geometry.layers)
             if not handle.sees:
                 raise ValueError(f"VEENA needs a vision-language model; {kind!r} is text-only")
         return Plan(self.vee() + self.ena())
