@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from emocircuits.environment import provenance
-from emocircuits.sweep import Sweep
+from emocircuits.sweep import Sweep, command_targets
 from emocircuits.sweep.metrics import kl, log_prob, logit_diff
 from emocircuits.sweep.pairs import Prepared, prepare, read_pairs
 from emocircuits.sweep.results import SweepResult
@@ -30,7 +30,8 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--pairs", type=Path, required=True, metavar="FILE", help="the prompt pairs, JSONL")
-    parser.add_argument("--target", choices=KINDS, default="heads", help="what is patched (default heads)")
+    targets = (*KINDS, *command_targets.TARGETS)
+    parser.add_argument("--target", choices=targets, default="heads", help="what is patched (default heads)")
     parser.add_argument(
         "--positions", default="all", metavar="WHICH",
         help="all at once (default), each, a role (system, visual, query, last), or columns such as 3,5,-1",
@@ -44,6 +45,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--groups", type=int, metavar="N", help="groups of neurons in a layer (default 16)")
     parser.add_argument("--batch", type=int, metavar="N", help="patches at a time (default: what memory allows)")
     parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
+    command_targets.options(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -52,8 +54,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     if args.out is not None and args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {args.out}: is a file; name a folder")
-    if args.groups is not None and args.target != "neurons":
-        raise ValueError(f"--groups is for --target neurons, not {args.target}")
+    command_targets.check(args)
     for name in ("groups", "batch"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}: expected at least 1")
@@ -74,12 +75,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             model, clean=pair.clean, corrupt=pair.corrupt, metric=_metric(args.metric, pair), direction=args.direction,
             patch_with=args.patch_with, batch=args.batch, out=folder, progress=not args.json,
         )  # fmt: skip
-        more = {"groups": args.groups or 16} if args.target == "neurons" else {}
-        result = getattr(sweep, args.target)(positions=positions, layers=layers, **more)
+        result = command_targets.table(sweep, args, positions, layers)
         result.meta["pair"] = pair.pair.id
         results.append(result)
     mean = SweepResult.mean(results)
-    record = report(mean, args, [pair.pair.id for pair in prepared])
+    record = report(mean, args, [pair.pair.id for pair in prepared]) | command_targets.more(mean)
     if args.out is not None:
         mean.save(args.out)
         mean.plot(args.out / "sweep.html")
@@ -94,7 +94,7 @@ def report(result: SweepResult, args: argparse.Namespace, ids: list[str]) -> dic
     effects = result.effects if result.measurable else None
     record: dict[str, Any] = {
         "model": args.model, "target": args.target, "positions": args.positions, "metric": args.metric,
-        "direction": args.direction, "patch_with": args.patch_with, "pairs": ids, "clean": result.clean,
+        **{k: result.meta[k] for k in ("direction", "patch_with")}, "pairs": ids, "clean": result.clean,
         "corrupt": result.corrupt, "axes": list(result.axes), "labels": result.labels, "values": _json(result.values),
         "effects": None if effects is None else _json(effects), "top": result.top(10), "command": args.command_line,
         **provenance(str(args.device or "")),
