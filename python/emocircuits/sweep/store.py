@@ -126,7 +126,7 @@ class Store:
             }
         )
         sink = pa.BufferOutputStream()
-        pq.write_table(table, sink)
+        pq.write_table(table, sink, write_page_checksum=True)
         path = self.folder / SHARDS / f"{self._new[0][0]:09d}-{len(self._new)}.parquet"
         try:
             write_bytes(path, sink.getvalue().to_pybytes())
@@ -185,7 +185,9 @@ class Store:
         for path in sorted((self.folder / SHARDS).glob("*.parquet")):
             try:
                 # Not read_table on the path: a folder's name with "=" in it would become a column.
-                table = pq.read_table(pa.BufferReader(path.read_bytes()), columns=["index", "value"])
+                table = pq.read_table(
+                    pa.BufferReader(path.read_bytes()), columns=["index", "value"], page_checksum_verification=True
+                )
             except (OSError, pa.ArrowException) as error:
                 raise ValueError(
                     f"{path}: cannot be read ({error}); remove it, and its patches are computed again"
