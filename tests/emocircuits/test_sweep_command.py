@@ -110,7 +110,8 @@ def test_the_command_gives_what_a_hook_loop_gives(capsys, folder, pair, tmp_path
     code, printed, err = run(capsys, *command)
     assert code == 0, err
     assert "heads of embedded, 2 pairs, logit_diff: clean" in printed
-    assert "pair 2 of 2" in err
+    assert err.count("patches, ") == 1, "one forecast for both pairs"
+    assert f"{4 * HEADS}/{4 * HEADS} patches" in err
     assert sorted((out / "0001" / "heads" / "shards").iterdir()) == held
     # Another metric into the same folder.
     code, printed, err = run(capsys, *command, "--metric", "log_prob")

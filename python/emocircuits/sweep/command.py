@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,9 @@ METRICS = ("logit_diff", "log_prob", "kl")
 EPILOG = """\
 A pairs file holds one JSON object a line: {"clean": "...", "corrupt": "...", "answer": "...", "wrong": "..."}, two
 prompts of as many tokens each, the answer of the clean one and that of the corrupt one; with "clean_image" and
-"corrupt_image" for prompts about images. With --out the results are written while they come in, one folder a pair, and
-the same command goes on where a killed one stopped."""
+"corrupt_image" for prompts about images. Of several pairs the table is the mean, with a bootstrap interval over them.
+With --out the results are written while they come in, one folder a pair, and the same command goes on where a killed
+one stopped."""
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -66,20 +66,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         pairs, processor, needs_wrong=args.metric == "logit_diff", device=device, path=args.pairs
     )  # fmt: skip
     _same_length(prepared, positions, args.pairs)
-    results = []
-    for number, pair in enumerate(prepared, 1):
-        if not args.json:
-            print(f"pair {number} of {len(prepared)}: {pair.pair.id}", file=sys.stderr)
-        folder = None if args.out is None else args.out / f"{number:04d}"
-        sweep = Sweep(
-            model, clean=pair.clean, corrupt=pair.corrupt, metric=_metric(args.metric, pair), direction=args.direction,
-            patch_with=args.patch_with, batch=args.batch, out=folder, progress=not args.json,
-        )  # fmt: skip
-        result = command_targets.table(sweep, args, positions, layers)
-        result.meta["pair"] = pair.pair.id
-        results.append(result)
-    mean = SweepResult.mean(results)
-    record = report(mean, args, [pair.pair.id for pair in prepared]) | command_targets.more(mean)
+    sweep = Sweep(
+        model, clean=[p.clean for p in prepared], corrupt=[p.corrupt for p in prepared],
+        metric=[_metric(args.metric, p) for p in prepared], direction=args.direction, patch_with=args.patch_with,
+        batch=args.batch, out=args.out, progress=not args.json,
+    )  # fmt: skip
+    mean = command_targets.table(sweep, args, positions, layers)
+    ids = [p.pair.id for p in prepared]
+    mean.meta["ids"] = ids
+    record = report(mean, args, ids) | command_targets.more(mean)
     if args.out is not None:
         mean.save(args.out)
         mean.plot(args.out / "sweep.html")
@@ -162,13 +157,17 @@ def _layers(given: str | None) -> list[int] | None:
 
 
 def _same_length(prepared: list[Prepared], positions: str | list[int], path: Path) -> None:
-    """A mean over pairs position by position needs prompts of one length."""
+    """A mean over pairs column by column needs prompts of one length; roles and columns from the end do not."""
+    if isinstance(positions, list):
+        anywhere = all(p < 0 for p in positions)
+    else:
+        anywhere = positions != "each"
     lengths = {p.clean["input_ids"].shape[-1]: p.pair.line for p in reversed(prepared)}
-    if len(lengths) > 1 and positions not in ("all", "last"):
+    if len(lengths) > 1 and not anywhere:
         told = ", ".join(f"{n} tokens (line {line})" for n, line in sorted(lengths.items(), key=lambda x: x[1])[:3])
         raise ValueError(
-            f"{path}: prompts of {told}: positions of one pair are not those of another; use --positions all or last, "
-            "or a file for each length"
+            f"{path}: prompts of {told}: positions of one pair are not those of another; use --positions all, a "
+            "role or columns from the end (-1), or a file for each length"
         )
 
 
