@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from itertools import combinations
 
+import families_harness as harness
+import families_vision_models  # noqa: F401  registers its builders
 import pytest
 import sweep_oracle as oracle
 import torch
-from test_sweep_engine import HEADS, A, B, agree, difference, pair
+from test_sweep_engine import A, B, agree, difference, pair
+from test_sweep_families import pair as harness_pair
+from test_sweep_families import place
 
 from emocircuits.sweep import Sweep, interaction, kl, logit_diff, projection
 from emocircuits.sweep.resume import Decoder
@@ -21,7 +25,7 @@ def sweep_of(kind, metric=None, **more):
 
 
 @torch.no_grad()
-def hooked(model, inputs, kept, heads, columns):
+def hooked(model, inputs, kept, heads, columns, where=oracle.place, size=8):
     """Logits with all of ``heads`` overwritten in ``columns``."""
 
     def hook(layer, entries):
@@ -31,9 +35,9 @@ def hooked(model, inputs, kept, heads, columns):
                 x[0, c, entries] = kept[layer][c, entries]
             return (x, *args[1:])
 
-        return oracle.place(model, "heads", layer)[0].register_forward_pre_hook(change)
+        return where(model, "heads", layer)[0].register_forward_pre_hook(change)
 
-    hooks = [hook(layer, HEADS[head]) for layer, head in heads]
+    hooks = [hook(layer, slice(size * head, size * (head + 1))) for layer, head in heads]
     try:
         return model(**inputs, use_cache=False).logits
     finally:
@@ -227,3 +231,47 @@ def test_the_result_is_a_table_like_others(tmp_path):
         page = found.plot(tmp_path / "sets.html")
         assert list(page.data[0].y) == found.labels["combination"]
         assert page.layout.yaxis.title.text == "combination"
+
+
+@pytest.mark.parametrize("name", ["Gemma 2", "Gemma 3 (vision)", "PaliGemma", "Qwen2.5-VL"])
+def test_families(name):
+    """Capped logits, images that attend to all of themselves, rotary embedding of images."""
+    model, _, make_inputs, tolerance = harness.built(name)
+    clean, corrupt = harness_pair(model, make_inputs)
+    sweep = Sweep(model, clean, corrupt, logit_diff(A, B), progress=False)
+    size, total = sweep.handle.geometry.head_dim, sweep.columns
+    heads = [(0, 0), (0, 1), (1, 1), (2, 0)]
+    kept = oracle.record(model, clean, "heads", place)
+    for positions in ("all", [sweep.first, sweep.first + 2, total - 1]):
+        found = sweep.combinations(heads, size=(2, 3), positions=positions)
+        sets = [s for k in (2, 3) for s in combinations(heads, k)]
+        expected = torch.zeros_like(found.values).reshape(len(sets), -1)
+        for i, s in enumerate(sets):
+            for j, columns in enumerate([range(total)] if positions == "all" else [[c] for c in positions]):
+                expected[i, j] = float(difference(hooked(model, corrupt, kept, s, columns, place, size)))
+        spread = max(float(expected.max() - expected.min()), abs(sweep.clean - sweep.corrupt))
+        assert spread > 1e-3
+        assert float((found.values.reshape(len(sets), -1) - expected).abs().max()) <= tolerance * spread
+
+
+def test_several_pairs():
+    """One choice of heads for all pairs, the mean of their tables, and interactions of the mean."""
+    model, clean, corrupt, one = sweep_of("llama")
+    other = {k: v.clone() for k, v in corrupt.items()}
+    other["input_ids"][0, 4] = 12
+    two = Sweep(model, clean, other, logit_diff(A, B), progress=False)
+    both = Sweep(model, [clean, clean], [corrupt, other], logit_diff(A, B), progress=False)
+    singles = both.heads()
+    pairs = both.combinations(singles, top=3)
+    names = sorted({head for label in pairs.labels["combination"] for head in label.split("+")})
+    chosen = [tuple(map(int, name.split("."))) for name in names]
+    each = [s.combinations(chosen) for s in (one, two)]
+    torch.testing.assert_close(pairs.values, sum(e.values for e in each) / 2, rtol=0, atol=1e-10)
+    assert pairs.interval()[0].shape == (3,)
+    alone = [s.heads() for s in (one, two)]
+    expected = sum(interaction(e, a, of="values") for e, a in zip(each, alone, strict=True)) / 2
+    torch.testing.assert_close(interaction(pairs, singles, of="values"), expected, rtol=0, atol=1e-10)
+    routes = both.routes(layers=[1])
+    torch.testing.assert_close(
+        routes.values, sum(s.routes(layers=[1]).values for s in (one, two)) / 2, rtol=0, atol=1e-10
+    )

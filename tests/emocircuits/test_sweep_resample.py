@@ -156,6 +156,15 @@ def test_intervals_and_saving(tmp_path):
     assert mean.interval()[0].shape == found.values.shape
 
 
+def test_several_pairs():
+    model, clean, corrupt, others = prompts_of("llama")
+    more = dict(patch_with="resample", resample=others, draws=2, direction="noise", progress=False)
+    both = Sweep(model, [clean, others[0]], [corrupt, corrupt], logit_diff(A, B), **more).heads()
+    each = [Sweep(model, c, corrupt, logit_diff(A, B), **more).heads() for c in (clean, others[0])]
+    torch.testing.assert_close(both.pairs, torch.stack([e.values for e in each]), rtol=0, atol=1e-10)
+    assert both.interval()[0].shape == both.values.shape
+
+
 def test_what_is_free_is_not_run_and_counted_so(monkeypatch):
     model, clean, corrupt, others = prompts_of("llama")
     told, ran = [], []
