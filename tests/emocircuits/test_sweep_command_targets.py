@@ -47,6 +47,18 @@ def test_combinations(capsys, folder, sweep):  # noqa: F811
     assert set(names[2].split("+")) == set(names[:2]) == best
 
 
+def test_several_pairs_share_their_heads(capsys, folder, tmp_path):  # noqa: F811
+    command = ("--pairs", folder / "pairs.jsonl", "--target", "combinations", "--layers", "5", "--out", tmp_path)
+    code, printed, err = run(capsys, *command, "--top", "3", "--json")
+    assert code == 0, err
+    record = json.loads(printed)
+    assert len(record["labels"]["combination"]) == len(record["interaction"]) == 6
+    assert len(record["pairs"]) == len(SweepResult.load(tmp_path).pairs) == 2
+    code, again, err = run(capsys, *command, "--top", "3", "--json")
+    assert code == 0, err
+    assert json.loads(again)["values"] == record["values"]
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
