@@ -1,4 +1,4 @@
-"""The command line: ``emocircuits doctor | demo | veena | sweep | bench``.
+"""The command line: ``emocircuits doctor | demo | veena | data | sweep | bench``.
 
 Results go to standard output, progress to standard error. Bad input ends with one line and exit code 2.
 """
@@ -45,6 +45,9 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = command("bench", overhead.run, "What an intervention costs: time and memory beside other ways to do it.")
     overhead.options(bench)
+    from emocircuits.data import command as pairs
+
+    pairs.options(command("data", pairs.run, "Contrastive pairs: check a manifest, draw faces, count."))
     from emocircuits.sweep import command as sweeping
 
     sweeping.options(
