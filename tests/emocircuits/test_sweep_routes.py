@@ -207,6 +207,10 @@ def test_refusals():
     ):
         with pytest.raises(ValueError, match=told):
             sweep.routes(**wrong)
+    narrow = sweep_of("llama", direction="noise")[-1]
+    narrow.base.layers[1].v = narrow.base.layers[1].v[..., :4]
+    with pytest.raises(NotImplementedError, match="layer 1 has keys of 8 and values of 4"):
+        narrow.routes()
 
 
 def test_the_result_is_a_table_like_others(tmp_path):

@@ -161,6 +161,12 @@ def sweep_routes(
     chosen = sweep.layers(layers)
     wanted = None if routes is None else [_pair(r) for r in routes]
     on = _on(sweep, run)
+    for i, record in enumerate(on.base.layers):
+        if record.v.shape[-1] != record.k.shape[-1]:
+            raise NotImplementedError(
+                f"layer {i} has keys of {record.k.shape[-1]} and values of {record.v.shape[-1]} entries a head, and "
+                "attention with routes takes them as wide as one another; sweep heads or attn_out"
+            )
     inputs = sweep.clean_inputs if run == "clean" else sweep.corrupt_inputs
     ids = inputs["input_ids"]
     roles = prompt_roles(ids, on.real[None].to(ids.device), on.handle.placeholder_ids())[0].to(on.real.device)
