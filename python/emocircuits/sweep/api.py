@@ -18,6 +18,7 @@ from emocircuits.sweep.collect import collect
 from emocircuits.sweep.combinations import Heads, sweep_combinations
 from emocircuits.sweep.engine import evaluate
 from emocircuits.sweep.metrics import Metric, declared
+from emocircuits.sweep.packed import Products
 from emocircuits.sweep.planner import Forecast, Savings, Shape, announce, forecast, outside
 from emocircuits.sweep.qkv import names
 from emocircuits.sweep.readout import Readout, finishing, refuse_padding
@@ -111,7 +112,8 @@ class Sweep:
         )  # fmt: skip
         refuse_patched(self.handle)
         refuse_hooks(self.handle)
-        with torch.inference_mode():
+        self.products = Products(self.handle)
+        with torch.inference_mode(), self.products:
             runs = []
             for side, given in (("clean", clean), ("corrupt", corrupt)):
                 run, logits = trace(self.handle, given, side)

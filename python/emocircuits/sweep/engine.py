@@ -151,7 +151,7 @@ class _Run:
         if kept:
             from emocircuits.sweep import attend
 
-            with attend.switched(self.sweep.handle):
+            with attend.switched(self.sweep.handle), self.sweep.products:
                 entry = self.entry(variants[0].layer)
                 layer, packed = entry(parts, variants[0].column is not None)
                 packed = self.decoder.run(layer, packed)

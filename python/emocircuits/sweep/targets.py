@@ -109,8 +109,9 @@ def rows(projection: torch.nn.Module) -> Tensor:
     Raises:
         NotImplementedError: not a plain linear layer (quantised, or with an adapter).
     """
-    # accelerate's wrappers move tensors and compute the same.
-    if "forward" in vars(projection) and not hasattr(projection, "_hf_hook"):
+    own = vars(projection).get("forward")
+    # accelerate's wrappers move tensors and compute the same; so do packed products.
+    if own is not None and not hasattr(projection, "_hf_hook") and not getattr(own, "packed", False):
         raise NotImplementedError(f"a {type(projection).__name__} with a forward of its own; remove it before a sweep")
     if isinstance(projection, Conv1D):
         return projection.weight.detach()
