@@ -394,7 +394,8 @@ class Sweep:
             return self.forecast(target, variants).costs
         given = self.corrupt_inputs
         found = self.forecast(target, variants, images=outside(self.handle, given) if self.handle.sees else 0)
-        announce(found, torch.no_grad()(lambda: self.handle.model(**given)))
+        with torch.no_grad(), self.products:
+            announce(found, lambda: self.handle.model(**given))
         return found.costs
 
     def _store(self, target: Target, what: Mapping[str, Any], variants: Sequence[Variant]) -> Store | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from emocircuits.roles import prompt_roles
 from emocircuits.sweep import progress
+from emocircuits.sweep.identity import hash_inputs
 from emocircuits.sweep.planner import Forecast, announce
 from emocircuits.sweep.results import SweepResult
 
@@ -120,6 +122,7 @@ class Several:
 
     Attributes:
         baselines: mean metric of the clean and of the corrupt prompts.
+        identity: a hash of all prompts, in their order; in the ``meta`` of results.
 
     Raises:
         TypeError, ValueError, NotImplementedError: a pair that cannot be swept; the message says which one.
@@ -141,6 +144,8 @@ class Several:
             self._alike.append(_alike(one))
         clean, corrupt = torch.tensor(both, dtype=torch.float64).mean(0).tolist()
         self.baselines: tuple[float, float] = (clean, corrupt)
+        listed = [hash_inputs(side) for clean, corrupt, _ in self.pairs for side in (clean, corrupt)]
+        self.identity = hashlib.sha256(" ".join(listed).encode()).hexdigest()
 
     def sweep(self, i: int) -> Sweep:
         """The sweep of one pair; the last one is kept, with all its activations."""
@@ -179,7 +184,9 @@ class Several:
                         results[i] = method(self.sweep(i), *args, **more)
                     bar.add(telling.expected, 0)  # what did not come as a table
                 SweepResult.mean([results[0], results[i]])  # refuses what planning could not see
-        return SweepResult.mean([results[i] for i in range(len(plans))])
+        mean = SweepResult.mean([results[i] for i in range(len(plans))])
+        mean.meta["of_pairs"] = self.identity
+        return mean
 
     def _plan(
         self, method: Callable[..., SweepResult], args: Sequence[Any], more: Mapping[str, Any]
@@ -205,7 +212,8 @@ class Several:
         forecasts = [f for alike in self._alike for f in known[alike][1]]
         if forecasts and self.progress:
             clean = self.pairs[0][0]
-            announce(Forecast.sum(forecasts), torch.no_grad()(lambda: self.model(**clean)))
+            with torch.no_grad(), self.sweep(0 if self._kept is None else self._kept[0]).products:
+                announce(Forecast.sum(forecasts), lambda: self.model(**clean))
         return [known[alike][0] for alike in self._alike], results
 
 
