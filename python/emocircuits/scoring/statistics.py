@@ -68,13 +68,16 @@ def interval(sums: np.ndarray, sizes: np.ndarray, *, seed: int = 0, resamples: i
 
 
 def intervals(
-    sums: np.ndarray, sizes: np.ndarray, *, seed: int = 0, resamples: int = 2000
-) -> tuple[np.ndarray, np.ndarray]:
+    sums: np.ndarray, sizes: np.ndarray, *, less: tuple[np.ndarray, np.ndarray] | None = None, seed: int = 0,
+    resamples: int = 2000,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """As :func:`interval`, for many ratios over the same groups at once.
 
     Args:
         sums: ``[n, ...]`` numerators of each group.
         sizes: ``[n]`` denominators, shared by all ratios.
+        less: numerators and denominators of other ratios of the same groups, which are taken away: the interval is
+            that of the difference.
         seed: of the bootstrap; all ratios are computed on the same resamples.
         resamples: of the bootstrap.
 
@@ -92,10 +95,17 @@ def intervals(
     np.add.at(counts, (np.arange(resamples)[:, None], drawn), 1.0)
     below = (counts @ sizes)[:, None]
     flat = np.asarray(sums, float).reshape(n, -1)
+    if less is not None:
+        if np.shape(less[0]) != np.shape(sums) or len(less[1]) != n:
+            raise ValueError(f"less has {np.shape(less[0])}, sums {np.shape(sums)}: expected the same")
+        other, beneath = np.asarray(less[0], float).reshape(n, -1), (counts @ less[1])[:, None]
     bounds = np.empty((2, flat.shape[1]))
     step = 4096  # ratios at a time: resamples x step numbers are in memory
     for start in range(0, flat.shape[1], step):
         part = slice(start, start + step)
-        bounds[:, part] = np.percentile(counts @ flat[:, part] / below, [2.5, 97.5], axis=0)
+        ratios = counts @ flat[:, part] / below
+        if less is not None:
+            ratios -= counts @ other[:, part] / beneath
+        bounds[:, part] = np.percentile(ratios, [2.5, 97.5], axis=0)
     shape = np.shape(sums)[1:]
     return bounds[0].reshape(shape), bounds[1].reshape(shape)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses as dc
 import hashlib
+import html
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -138,6 +139,17 @@ class SweepResult:
         Raises:
             ValueError: fewer than two pairs or draws, or, for effects, baselines that do not differ.
         """
+        above, below = self._samples(of)
+        low, high = intervals(above.numpy(), below.numpy(), seed=seed, resamples=resamples)
+        return torch.from_numpy(low), torch.from_numpy(high)
+
+    @property
+    def sampled(self) -> bool:
+        """Whether there are several pairs, or several draws: whether :meth:`interval` has something to say."""
+        return any(samples is not None and len(samples) > 1 for samples in (self.pairs, self.draws))
+
+    def _samples(self, of: str) -> tuple[Tensor, Tensor]:
+        """Of every pair or draw, numerators and denominators of the mean that is shown."""
         samples, baselines = self.pairs, self.baselines
         if samples is None and self.draws is not None and len(self.draws) > 1:
             samples = self.draws
@@ -149,13 +161,60 @@ class SweepResult:
             )
         if of == "effects":
             _ = self.effects
-            below, above = baselines[:, 0] - baselines[:, 1], samples - _column(baselines, 1, self)
-        elif of == "values":
-            below, above = torch.ones(len(samples), dtype=torch.float64), samples
-        else:
-            raise ValueError(f"of={of!r}: expected 'effects' or 'values'")
-        low, high = intervals(above.numpy(), below.numpy(), seed=seed, resamples=resamples)
-        return torch.from_numpy(low), torch.from_numpy(high)
+            return samples - _column(baselines, 1, self), baselines[:, 0] - baselines[:, 1]
+        if of == "values":
+            return samples, torch.ones(len(samples), dtype=torch.float64)
+        raise ValueError(f"of={of!r}: expected 'effects' or 'values'")
+
+    def less(
+        self, other: SweepResult, of: Literal["effects", "values"] = "effects", *, seed: int = 0, resamples: int = 2000
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What this result has more than another one of the same pairs, with its 95 % bootstrap interval over them.
+
+        Pairs are drawn for both at once, so what they have in common does not blur the difference.
+
+        Returns:
+            Difference, lower and upper bound, each as ``values``.
+
+        Raises:
+            ValueError: tables of another shape, or of other pairs, or fewer than two of them.
+        """
+        if self.pairs is None or other.pairs is None:
+            raise ValueError("a comparison needs two results of the same pairs, at least two of them")
+        here, there = self._samples(of), other._samples(of)
+        if self.axes != other.axes or here[0].shape != there[0].shape:
+            raise ValueError(
+                f"[pairs {len(here[0])}, {_shape(self)}] and [pairs {len(there[0])}, {_shape(other)}]: expected tables "
+                "of one shape over the same pairs"
+            )
+        if self.meta.get("of_pairs") != other.meta.get("of_pairs"):
+            raise ValueError("the two results are not of the same pairs of prompts, so their pairs cannot be compared")
+        low, high = intervals(
+            here[0].numpy(), here[1].numpy(), less=(there[0].numpy(), there[1].numpy()), seed=seed, resamples=resamples
+        )
+        mine, theirs = (getattr(r, of) for r in (self, other))
+        return mine - theirs, torch.from_numpy(low), torch.from_numpy(high)
+
+    def with_tokens(self, processor: Any, inputs: Mapping[str, Any]) -> SweepResult:
+        """The same result with the token of each position: shown in figures, and a column of the table.
+
+        Args:
+            processor: a tokenizer, or a processor that has one.
+            inputs: model inputs of one row; positions are columns of its ``input_ids``.
+
+        Raises:
+            ValueError: no axis of positions, or positions outside these inputs (of several pairs whose columns differ
+                they are numbered, and are no columns).
+        """
+        ids = inputs["input_ids"]
+        ids = ids[0] if ids.ndim == 2 else ids
+        if "pos" not in self.axes:
+            raise ValueError(f"[{_shape(self)}] has no positions to name")
+        if not all(isinstance(p, int) and 0 <= p < len(ids) for p in self.labels["pos"]):
+            raise ValueError(f"positions {self.labels['pos'][-1]} are not columns of a prompt of {len(ids)} tokens")
+        words = getattr(processor, "tokenizer", processor).convert_ids_to_tokens([int(i) for i in ids])
+        tokens = [str(words[p]).replace("\u0120", " ").replace("\u2581", " ") for p in self.labels["pos"]]
+        return dc.replace(self, labels={**self.labels, "token": tokens})
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row a patch: a column for each axis, ``value`` and ``effect`` (NaN where there is none).
@@ -173,7 +232,7 @@ class SweepResult:
                 columns[extra] = [self.labels[extra][i] for i in index]
         columns["value"] = self.values.flatten().numpy()
         columns["effect"] = self.effects.flatten().numpy() if self.measurable else np.nan
-        if (self.pairs is not None or (self.draws is not None and len(self.draws) > 1)) and self.measurable:
+        if self.sampled and self.measurable:
             low, high = self.interval()
             columns |= {"effect_low": low.flatten().numpy(), "effect_high": high.flatten().numpy()}
         return pd.DataFrame(columns)
@@ -183,24 +242,40 @@ class SweepResult:
         return [k for k in self.labels if axis == "pos" and k not in self.axes and k == "token"]
 
     def top(self, n: int = 10) -> list[dict[str, Any]]:
-        """The ``n`` patches that move the metric most, strongest first: axes, value, effect (None without one)."""
+        """The ``n`` patches that move the metric most, strongest first: axes, value, effect (None without one).
+
+        Several pairs or draws also give ``effect_low`` and ``effect_high``.
+        """
         moved = (self.values - self.base).abs().flatten().nan_to_num(-1.0)
+        order = moved.argsort(descending=True, stable=True)[:n]
         found = []
-        for flat in moved.argsort(descending=True, stable=True)[:n].tolist():
+        for flat in order.tolist():
             where = np.unravel_index(flat, tuple(self.values.shape))
             value = float(self.values.flatten()[flat])
             place = {axis: self.labels[axis][int(i)] for axis, i in zip(self.axes, where, strict=True)}
             found.append(
                 place | {"value": value, "effect": (value - self.corrupt) / self.gap if self.measurable else None}
             )
+        if self.sampled and self.measurable:
+            above, below = self._samples("effects")
+            low, high = intervals(above.flatten(1)[:, order].numpy(), below.numpy())
+            for place, a, b in zip(found, low.tolist(), high.tolist(), strict=True):
+                place |= {"effect_low": a, "effect_high": b}
         return found
+
+    def _repr_html_(self) -> str:
+        """In a notebook: what was swept, and the patches that move the metric most."""
+        import pandas as pd
+
+        rows = pd.DataFrame(self.top(10))
+        return f"<p>{html.escape(repr(self))}</p>{rows.to_html(index=False, float_format=lambda x: f'{x:.4g}')}"
 
     def plot(self, path: str | Path | None = None) -> go.Figure:
         """A heatmap of the effects, written to ``path`` as one page; of the metric's change where there are none.
 
         Colours diverge around what the unpatched run has: an effect of 0, or of 1 where patches add noise. Layers go
-        up, positions (else the last axis) to the right. A third axis is chosen in a menu, which starts with
-        its strongest entry at each place.
+        up, positions (else what is patched in a layer) to the right; grids of strengths are drawn as grids. Other axes
+        are chosen in a menu, which starts with the strongest of them at each place.
         """
         from emocircuits.sweep.heatmap import figure
 
