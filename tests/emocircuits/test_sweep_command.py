@@ -102,6 +102,7 @@ def test_the_command_gives_what_a_hook_loop_gives(capsys, folder, pair, tmp_path
     low, effect, high = (torch.tensor(record[k]) for k in ("effects_low", "effects", "effects_high"))
     assert (low <= effect + 1e-9).all()
     assert (effect <= high + 1e-9).all()
+    assert SweepResult.load(out).meta["ids"] == record["pairs"]
     assert record["top"][0]["value"] in [v for row in record["values"] for v in row]
     assert (out / "sweep.html").stat().st_size > 1e5
     assert len(pd.read_parquet(out / "0001" / "heads" / "shards")) == 2 * HEADS
@@ -110,6 +111,8 @@ def test_the_command_gives_what_a_hook_loop_gives(capsys, folder, pair, tmp_path
     code, printed, err = run(capsys, *command)
     assert code == 0, err
     assert "heads of embedded, 2 pairs, logit_diff: clean" in printed
+    low, high = (record["top"][0][f"effect_{k}"] for k in ("low", "high"))
+    assert f"[{low:+.3f}, {high:+.3f}]" in printed.splitlines()[2]
     assert err.count("patches, ") == 1, "one forecast for both pairs"
     assert f"{4 * HEADS}/{4 * HEADS} patches" in err
     assert sorted((out / "0001" / "heads" / "shards").iterdir()) == held
@@ -186,6 +189,14 @@ def test_a_bad_pairs_file_names_its_lines(capsys, folder, tmp_path):
     code, _, err = run(capsys, "--pairs", path, "--positions", "each")
     assert code == 2
     assert "80 tokens (line 1), 81 tokens (line 2)" in err
+    # Roles that have as many tokens in each, and columns from the end, are the same places.
+    for positions in ("last", "-1"):
+        code, printed, err = run(capsys, "--pairs", path, "--positions", positions, "--layers", "3", "--json")
+        assert code == 0, err
+        assert json.loads(printed)["axes"] == ["layer", "pos", "head"]
+    code, _, err = run(capsys, "--pairs", path, "--positions", "query", "--layers", "3")
+    assert code == 2
+    assert "of these pairs no mean can be taken" in err
 
 
 def test_one_liners(pair):

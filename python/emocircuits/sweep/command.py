@@ -109,12 +109,14 @@ def text(record: dict[str, Any]) -> str:
     if record["effects"] is None:
         lines.append("the two prompts do not differ in this metric: there are no effects, only values")
     axes = record["axes"]
-    head = [*axes, "value", "effect"]
+    sampled = bool(record["top"]) and "effect_low" in record["top"][0]
+    head = [*axes, "value", "effect", *(["95 %"] if sampled else [])]
     rows = [
         [
             *(str(place[a]) for a in axes),
             f"{place['value']:.4g}",
             "" if place["effect"] is None else f"{place['effect']:+.3f}",
+            *([f"[{place['effect_low']:+.3f}, {place['effect_high']:+.3f}]"] if sampled else []),
         ]
         for place in record["top"]
     ]
