@@ -47,30 +47,6 @@ TEXT = (
     "user", "assistant", ":", "the", "a", "report", "is", "ready", "shop", "opens", "at", "ten", "bus", "goes", "only",
     "once", "road", "closed", "today", "my", "mom", "said", "that",
 )  # fmt: skip
-    "user",
-    "assistant",
-    ":",
-    "the",
-    "a",
-    "report",
-    "is",
-    "ready",
-    "shop",
-    "opens",
-    "at",
-    "ten",
-    "bus",
-    "goes",
-    "only",
-    "once",
-    "road",
-    "closed",
-    "today",
-    "my",
-    "mom",
-    "said",
-    "that",
-]
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 WIDTH, HEADS, SIZE, NEURONS, LAYERS = 64, 4, 16, 32, 4
 SIDE, PATCH = 16, 8
