@@ -207,6 +207,13 @@ def test_refusals():
     ):
         with pytest.raises(ValueError, match=told):
             sweep.routes(**wrong)
+    wrapped = sweep.handle.output_projections[1]
+    wrapped.forward = lambda x: x
+    try:
+        with pytest.raises(NotImplementedError, match="layer 1 has a Linear with a forward of its own"):
+            sweep_of("llama", direction="noise")[-1].routes()
+    finally:
+        del wrapped.forward
     narrow = sweep_of("llama", direction="noise")[-1]
     narrow.base.layers[1].v = narrow.base.layers[1].v[..., :4]
     with pytest.raises(NotImplementedError, match="layer 1 has keys of 8 and values of 4"):

@@ -128,7 +128,7 @@ def refuse_wrapped(handle: Handle, kind: str, layers: Iterable[int]) -> None:
     Raises:
         NotImplementedError: see :func:`rows`; the message names the layer.
     """
-    if kind in ("heads", "qkv", "combinations"):
+    if kind in ("heads", "qkv", "combinations", "routes"):
         projections = handle.output_projections
     elif kind == "neurons":
         projections = handle.down_projections
