@@ -260,3 +260,40 @@ def test_an_unembedding_with_a_forward_of_its_own():
     model.lm_head.forward = lambda x: plain(x) * torch.arange(1, VOCAB + 1).double()
     found = Sweep(model, clean, corrupt, METRIC, progress=False).residual("each")
     agree(found.values, oracle.sweep(model, corrupt, clean, "residual", difference), 1e-10, found.gap)
+
+
+def test_a_function_that_writes_into_its_logits():
+    model, clean, corrupt = pair("llama")
+
+    def writes(x):
+        x[0, -1] -= x[0, -1].mean()
+        x *= 2
+        return x[0, -1, A] - x[0, -1, B]
+
+    twice = lambda x: 2 * difference(x)  # noqa: E731
+    found = Sweep(model, clean, corrupt, writes, batch=1, progress=False).residual("each")
+    agree(found.values, oracle.sweep(model, corrupt, clean, "residual", twice), 1e-10, found.gap)
+
+
+def test_inputs_that_are_written_into_later(tmp_path):
+    model, clean, corrupt = pair("llama")
+    clean, corrupt = ({k: v.clone() for k, v in x.items()} for x in (clean, corrupt))
+    one = Sweep(model, clean, corrupt, METRIC, out=tmp_path / "one", progress=False)
+    several = Sweep(model, [clean, clean], [corrupt, corrupt], METRIC, progress=False)
+    kept = {k: v.clone() for k, v in corrupt.items()}
+    expected = several.heads().pairs[0]
+    corrupt["input_ids"][0, 4] = 33
+    assert torch.equal(one.heads().values, expected)
+    again = Sweep(model, clean, kept, METRIC, out=tmp_path / "one", progress=False)
+    assert torch.equal(again.heads().values, expected), "the folder is of what was run"
+    with pytest.raises(ValueError, match="pair 1 of 2: its inputs were written into"):
+        several.heads()
+
+
+def test_autocast_around_a_part_of_it():
+    model, clean, corrupt = pair("llama", torch.float32)
+    model = copy.deepcopy(model).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        sweep = Sweep(model, clean, corrupt, METRIC, progress=False)
+    with pytest.raises(ValueError, match=r"under another torch\.autocast"):
+        sweep.heads()

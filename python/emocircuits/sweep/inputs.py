@@ -13,14 +13,14 @@ SAME = ("attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids")
 
 
 def of_one(given: object, side: str) -> Mapping[str, Any]:
-    """Model inputs of one prompt.
+    """Model inputs of one prompt, a copy: what is written into the caller's later is not what was run.
 
     Raises:
         TypeError: no mapping with ``input_ids``.
     """
     if not isinstance(given, Mapping) or not isinstance(given.get("input_ids"), Tensor):
         raise TypeError(f"{side} is {type(given).__name__}: expected a dict of model inputs with input_ids")
-    return given
+    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in given.items()}
 
 
 def check(clean: Mapping[str, Any], corrupt: Mapping[str, Any]) -> int:

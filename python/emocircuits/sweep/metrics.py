@@ -126,7 +126,8 @@ class Free(Metric):
         """``[n]``."""
         values = []
         for one in read:
-            value = torch.as_tensor(self.function(one[None]))
+            # A copy: a function that writes into its logits would write into the base run's.
+            value = torch.as_tensor(self.function(one[None].clone()))
             if value.numel() != 1:
                 raise ValueError(f"the metric gave {list(value.shape)} for one prompt, expected one number")
             values.append(value.reshape(()).to(device=read.device, dtype=torch.float64))

@@ -135,6 +135,7 @@ class Several:
         self.options = dict(options)
         self.out, self.progress = self.options.pop("out", None), bool(self.options.pop("progress", True))
         self._kept: tuple[int, Sweep] | None = None
+        self._hashes: dict[int, str] = {}
         self._alike: list[Any] = []
         both = []
         # All are run once before the first one is swept: a pair that is refused is refused now.
@@ -144,19 +145,26 @@ class Several:
             self._alike.append(_alike(one))
         clean, corrupt = torch.tensor(both, dtype=torch.float64).mean(0).tolist()
         self.baselines: tuple[float, float] = (clean, corrupt)
-        listed = [hash_inputs(side) for clean, corrupt, _ in self.pairs for side in (clean, corrupt)]
-        self.identity = hashlib.sha256(" ".join(listed).encode()).hexdigest()
+        self.identity = hashlib.sha256(" ".join(self._hashes.values()).encode()).hexdigest()
 
     def sweep(self, i: int) -> Sweep:
         """The sweep of one pair; the last one is kept, with all its activations."""
         if self._kept is None or self._kept[0] != i:
             self._kept = None  # its memory, before the next one needs as much
             clean, corrupt, metric = self.pairs[i]
+            known, now = self._hashes.setdefault(i, self._hash(i)), self._hash(i)
+            if known != now:
+                raise ValueError(f"pair {i + 1} of {len(self.pairs)}: its inputs were written into since the first run")
             out = None if self.out is None else Path(self.out) / f"{i + 1:04d}"
             with self._named(i):
                 one = self.make(self.model, clean, corrupt, metric, out=out, progress=False, **self.options)
             self._kept = i, one
         return self._kept[1]
+
+    def _hash(self, i: int) -> str:
+        clean, corrupt, _ = self.pairs[i]
+        # What is no mapping is refused where the pair is made.
+        return " ".join(hash_inputs(side) if isinstance(side, Mapping) else "" for side in (clean, corrupt))
 
     @contextlib.contextmanager
     def _named(self, i: int) -> Iterator[None]:

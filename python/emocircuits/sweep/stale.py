@@ -19,16 +19,19 @@ class Weights:
     """
 
     def __init__(self, handle: Handle) -> None:
-        self.handle = handle
+        self.handle, self.autocast = handle, _autocast(handle)
         self.facts, self.sums = self._read()
 
     def check(self) -> None:
         """Refuse a model that has changed since.
 
         Raises:
-            ValueError: weights, their dtype or their device are others, or the model is in training mode or patched.
+            ValueError: weights, their dtype or their device are others, the model is in training mode or patched, or
+                the sweep was made under another ``torch.autocast``.
         """
         refuse_patched(self.handle)
+        if _autocast(self.handle) != self.autocast:
+            raise ValueError("the sweep ran the two prompts under another torch.autocast; make and use it under one")
         if any(m.training for m in self.handle.text.modules()):
             raise ValueError("the model is in training mode; call model.eval() before a sweep")
         facts, sums = self._read()
@@ -64,6 +67,11 @@ def refuse_patched(handle: Handle) -> None:
     """
     if MARK in vars(handle.model):
         raise ValueError("the model is inside patch() or capture(), whose plan a sweep would leave out; leave it first")
+
+
+def _autocast(handle: Handle) -> torch.dtype | None:
+    device = next(handle.unembed.parameters()).device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def _bits(tensor: Tensor) -> Tensor:
