@@ -1,11 +1,13 @@
 """How often the hash of pictures errs: prints the table of docs/data.md.
 
-``python tests/emocircuits/data_hash_rates.py [identities]``
+``python tests/emocircuits/data_hash_rates.py [identities | folder of pictures | choices]``
 """
 
 import io
 import sys
+from pathlib import Path
 
+import imagehash
 import numpy as np
 from PIL import Image, ImageEnhance
 
@@ -44,6 +46,15 @@ CHANGES = {
     "1/64 cut off on each side": cut,
     "mirrored": lambda image: image.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
 }
+LOST = ("mirrored", "1/64 cut off on each side", "JPEG, quality 30")
+"""Changes that no one should count on being seen."""
+HASHES = {
+    "`phash`, 8": imagehash.phash,
+    "`phash`, 16": lambda image: imagehash.phash(image, 16),
+    "`dhash`, 16": lambda image: imagehash.dhash(image, 16),
+    "`average_hash`, 16": lambda image: imagehash.average_hash(image, 16),
+    "`whash`, 16": lambda image: imagehash.whash(image, 16),
+}
 
 
 def bits(images):
@@ -68,16 +79,48 @@ def table(images):
         yield f"| {name} | {np.median(d):.0f} | {np.quantile(d, 0.99):.0f} | {d.max()} | {(d <= NEAR).mean():.1%} |"
 
 
-def main(identities):
-    who = range(102_000, 102_000 + identities)
+def of_identities(count):
+    who = range(102_000, 102_000 + count)
     neutral = [faces.face(i, "neutral", 0.0) for i in who]
     print(*table(neutral[:1000]), sep="\n")
     shown = [faces.face(i, faces.EMOTIONS[i % len(faces.EMOTIONS)], 1.0) for i in who]
-    found = np.concatenate(list(distances_between(bits(neutral + shown), np.array([*who, *who]))))
+    tell(bits(neutral + shown), np.array([*who, *who]))
+
+
+def of_pictures(folder):
+    files = sorted(p for p in Path(folder).iterdir() if p.suffix in (".png", ".jpg"))
+    images = [Image.open(f).convert("RGB") for f in files]
+    print(f"{len(images)} pictures", *table(images), sep="\n")
+    tell(bits(images), np.arange(len(images)))
+
+
+def tell(hashes, owners):
+    found = np.concatenate(list(distances_between(hashes, owners)))
     counts = {k: int((found <= k).sum()) for k in (24, NEAR, 36, 40, 48, 64)}
-    print(f"\n{len(found)} pairs of different identities: nearest {found.min():.0f}, within k bits {counts}")
-    print(f"median {np.median(found):.0f}")
+    print(f"\n{len(found)} pairs of different ones: nearest {found.min():.0f}, median {np.median(found):.0f}")
+    print("pairs within so many bits:", counts)
+
+
+def choices(count=500):
+    """Other hashes of ImageHash: each with the threshold at which it would catch 99.5 % of the copies."""
+    neutral = [faces.face(i, "neutral", 0.0) for i in range(102_000, 102_000 + count)]
+    copies = [[change(i) for i in neutral] for name, change in CHANGES.items() if name not in LOST]
+    print(
+        "| hash | bits | threshold for 99.5 % of the copies | different identities within it |",
+        "|---|---|---|---|",
+        sep="\n",
+    )
+    for name, make in HASHES.items():
+        own, *others = (np.array([make(i).hash.ravel() for i in images]) for images in (neutral, *copies))
+        threshold = np.quantile([(own != other).sum(1) for other in others], 0.995)
+        signs = own.astype(np.float32) * 2 - 1
+        apart = ((own.shape[1] - signs @ signs.T) / 2)[np.triu_indices(count, 1)]
+        print(f"| {name} | {own.shape[1]} | {threshold:.0f} | {(apart <= threshold).sum()} of {apart.size} |")
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 3000)
+    given = sys.argv[1] if len(sys.argv) > 1 else "3000"
+    if given == "choices":
+        choices()
+    else:
+        of_identities(int(given)) if given.isdigit() else of_pictures(given)

@@ -11,6 +11,8 @@ from PIL import Image, ImageOps
 
 WINDOW = 512
 """Largest side, in pixels, of the middle part in which a shift is looked for."""
+EDITED = 32
+"""Levels of 255; a larger difference is one of content."""
 
 
 @dc.dataclass(frozen=True)
@@ -75,11 +77,11 @@ def compare(emotional: Image.Image, neutral: Image.Image, mask: np.ndarray | Non
         count = int((differs & rest).sum())
         outside = count / max(1, int(rest.sum()))
         largest = int(difference[rest].max(initial=0))
-    return Comparison(float(differs.mean()), outside, count, largest, _shift(a, b, tolerance))
+    return Comparison(float(differs.mean()), outside, count, largest, _shift(a, b))
 
 
-def _shift(a: np.ndarray, b: np.ndarray, tolerance: int) -> tuple[int, int]:
-    """Where phase correlation of the middle parts has its peak, if most pixels that differ agree when moved so."""
+def _shift(a: np.ndarray, b: np.ndarray) -> tuple[int, int]:
+    """Where phase correlation of the middle parts has its peak, if they are much closer when moved so."""
     height, width = a.shape[:2]
     h, w = min(height, WINDOW), min(width, WINDOW)
     top, left = (height - h) // 2, (width - w) // 2
@@ -97,10 +99,11 @@ def _shift(a: np.ndarray, b: np.ndarray, tolerance: int) -> tuple[int, int]:
     if max(abs(down), abs(right)) > min(h, w) // 4:
         return 0, 0
 
-    def differing(down: int, right: int) -> float:
+    def apart(down: int, right: int) -> float:
         rows, columns = slice(max(0, down), h + min(0, down)), slice(max(0, right), w + min(0, right))
         back = slice(max(0, -down), h + min(0, -down)), slice(max(0, -right), w + min(0, -right))
-        return float((np.abs(b[rows, columns] - a[back]).max(-1) > tolerance).mean())
+        # What was edited differs a lot, moved or not, and must not hide the rest.
+        return float(np.minimum(np.abs(b[rows, columns] - a[back]), EDITED).mean())
 
     # The peak alone says little where a picture has little structure.
-    return (right, down) if differing(down, right) < differing(0, 0) / 2 else (0, 0)
+    return (right, down) if apart(down, right) < apart(0, 0) / 2 else (0, 0)

@@ -62,19 +62,19 @@ _LISTS = {
         blessing blood bloody bomb bonus broke broken bully burial bury cancer captive casualty catastrophe celebrate
         celebration champion chaos cheat cheated cockroach coffin complain complaint conflict congratulate
         congratulation conspiracy corpse crash crime criminal cripple crisis curse damage danger dead death debt
-        deceive defeat defend demon destroy destruction devastate devil die disaster disease divorce doom drown drunk dying
-        emergency enemy error evict eviction execution explode explosion fail failure famine fatal feast felony fight
-        filth fired flood foe fought fraud freedom funeral ghost gift glory grave gun harass harm havoc heal heaven
-        hell hero heroine honeymoon honor honour hostage hunger ill illness injure injury injustice insult jackpot jail
-        justice kidnap kill lawsuit liberty lose loser loss lost loyalty luck maggot massacre masterpiece medal mess
-        miracle misfortune missing mistake molest monster murder murderer nightmare orphan pain painful paradise party
-        peace perish pest plague poison praise prison prize problem promotion puke punish punishment quarrel racism
-        rape rat rejection rescue revenge reward riot rob robbery romance rot ruin sabotage sacked sacrifice scam
-        scandal scar scold shoot shot sin slaughter slave slavery smuggle stab starve steal stench stink stole stolen
-        strangle success successful suffer suicidal suicide surgery survive survivor terrorise terrorism terrorist
-        terrorize theft thief threat threaten tomb torment torture toxic tragedy traitor trap treasure triumph trouble
-        tumor tumour vacation victim victorious victory villain violence violent virus vomit war warn warning wealth
-        weapon wedding win winner won wound wreck
+        deceive defeat defend demon destroy destruction devastate devil die disaster disease divorce doom drown drunk
+        dying emergency enemy error evict eviction execution explode explosion fail failure famine fatal feast felony
+        fight filth fired flood foe fought fraud freedom funeral ghost gift glory grave gun harass harm havoc heal
+        heaven hell hero heroine honeymoon honor honour hostage hunger ill illness injure injury injustice insult
+        jackpot jail justice kidnap kill lawsuit liberty lose loser loss lost loyalty luck maggot massacre masterpiece
+        medal mess miracle misfortune missing mistake molest monster murder murderer nightmare orphan pain painful
+        paradise party peace perish pest plague poison praise prison prize problem promotion puke punish punishment
+        quarrel racism rape rat rejection rescue revenge reward riot rob robbery romance rot ruin sabotage sacked
+        sacrifice scam scandal scar scold shoot shot sin slaughter slave slavery smuggle stab starve steal stench stink
+        stole stolen strangle success successful suffer suicidal suicide surgery survive survivor terrorise terrorism
+        terrorist terrorize theft thief threat threaten tomb torment torture toxic tragedy traitor trap treasure
+        triumph trouble tumor tumour vacation victim victorious victory villain violence violent virus vomit war warn
+        warning wealth weapon wedding win winner won wound wreck
     """,
     "presses": """
         absolutely alas amazingly awfully badly completely extremely finally fortunately hopefully horribly incredibly
