@@ -7,7 +7,11 @@
 
 from emocircuits.sweep.api import Sweep
 from emocircuits.sweep.combinations import interaction
+from emocircuits.sweep.generated import contains, generated
 from emocircuits.sweep.metrics import Metric, kl, log_prob, logit_diff, projection
 from emocircuits.sweep.results import SweepResult
 
-__all__ = ["Metric", "Sweep", "SweepResult", "interaction", "kl", "log_prob", "logit_diff", "projection"]
+__all__ = [
+    "Metric", "Sweep", "SweepResult", "contains", "generated", "interaction", "kl", "log_prob", "logit_diff",
+    "projection",
+]  # fmt: skip

@@ -16,12 +16,14 @@ from emocircuits.roles import prompt_roles
 from emocircuits.sweep import inputs
 from emocircuits.sweep.collect import collect
 from emocircuits.sweep.combinations import Heads, sweep_combinations
+from emocircuits.sweep.engine import Run as Runner
 from emocircuits.sweep.engine import evaluate
+from emocircuits.sweep.generated import Continuation, positioned, readout, runner
 from emocircuits.sweep.metrics import Metric, declared
 from emocircuits.sweep.packed import Products
 from emocircuits.sweep.planner import Forecast, Savings, Shape, announce, forecast, outside
 from emocircuits.sweep.qkv import names
-from emocircuits.sweep.readout import Readout, finishing, refuse_padding
+from emocircuits.sweep.readout import finishing, refuse_padding
 from emocircuits.sweep.resample import Resampling
 from emocircuits.sweep.results import SweepResult
 from emocircuits.sweep.routes import Run, sweep_routes
@@ -106,6 +108,7 @@ class Sweep:
         self.metric = declared(metric)
         self.metric.columns(self.columns)
         self.handle = open_model(model)
+        clean, corrupt = (positioned(self.handle, self.metric, given) for given in (clean, corrupt))
         self.clean_inputs, self.corrupt_inputs = clean, corrupt
         self.direction, self.patch_with, self.batch, self.out, self.progress = (
             direction, patch_with, batch, out, progress,
@@ -129,7 +132,7 @@ class Sweep:
             same_frame(clean_run, corrupt_run)
             self.base, self.source = (corrupt_run, clean_run) if direction == "denoise" else (clean_run, corrupt_run)
             self.first = first_difference(clean_run, corrupt_run)
-            self.readout = Readout(self.handle, self.metric, clean_run, self.base, finish)
+            self.readout = readout(self, clean_run, finish)
             self.clean, self.corrupt = (
                 float(self.readout.value(self.readout.of(run))) for run in (clean_run, corrupt_run)
             )
@@ -340,6 +343,7 @@ class Sweep:
         shape = Shape.of(
             self.handle, self.columns, first=self.first if self.patch_with == "clean" else 0,
             reads=self.readout.columns, rows=None if rows is None else len(rows), images=images,
+            generated=getattr(self.metric, "limit", 0),
         )  # fmt: skip
         return forecast(shape, target.kind, variants, savings=DOES, rate=rate, cost=target.cost)
 
@@ -380,11 +384,19 @@ class Sweep:
             "target": target.kind, "direction": self.direction, "patch_with": patch,
             "dtype": str(self.base.layers[0].resid_pre.dtype).removeprefix("torch."), "first_difference": self.first,
         }  # fmt: skip
+        said = None
+        if isinstance(self.readout, Continuation):
+            said = self.readout.take
+            meta["texts"] = {side: self.readout.said[side] for side in ("clean", "corrupt")}
         costs = self._announce(target, variants)
         return collect(
             run, variants, axes=axes, labels=labels, clean=self.clean, corrupt=self.corrupt, meta=meta,
-            store=self._store(target, what, variants), costs=costs, progress=self.progress,
+            store=self._store(target, what, variants), costs=costs, progress=self.progress, said=said,
         )  # fmt: skip
+
+    def runner(self, target: Target) -> Runner:
+        """What runs the patches of a target and reads the metric."""
+        return runner(self, target)
 
     def _announce(self, target: Target, variants: Sequence[Variant]) -> Sequence[int] | None:
         """FLOPs of every patch, None where they are not counted; with a bar to come, also told on standard error."""
@@ -403,6 +415,6 @@ class Sweep:
             return None
         return open_store(
             Path(self.out) / target.kind, model=self.handle.model, clean=self.clean_inputs,
-            corrupt=self.corrupt_inputs, what={**what, "metric": self.metric}, variants=variants,
-            baselines=(self.clean, self.corrupt),
+            corrupt=self.corrupt_inputs, what={**what, "metric": self.metric, **self.readout.identity},
+            variants=variants, baselines=(self.clean, self.corrupt),
         )  # fmt: skip

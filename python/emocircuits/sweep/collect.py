@@ -21,6 +21,7 @@ def collect(
     evaluate: Callable[[Sequence[V]], Iterator[tuple[slice, Tensor]]], variants: Sequence[V], *, axes: tuple[str, ...],
     labels: dict[str, list[Any]], clean: float, corrupt: float, meta: Mapping[str, Any] | None = None,
     store: Store | None = None, costs: Sequence[float] | None = None, progress: bool = True,
+    said: Callable[[V], Any] | None = None,
 ) -> SweepResult:  # fmt: skip
     """Evaluate all variants that the store does not have, and put the table together.
 
@@ -35,6 +36,8 @@ def collect(
         costs: of every variant, in any unit: the bar counts these, so that the time it tells is true though variants of
             low layers take longer.
         progress: show a bar on standard error.
+        said: gives the text that the value of a variant, just evaluated, is a score of; they are kept with the values,
+            and are the list ``meta["texts"]["patched"]`` of the result, in the order of ``values.flatten()``.
 
     Raises:
         ValueError: the variants do not fill the table, each cell once, or ``evaluate`` left some out.
@@ -50,6 +53,7 @@ def collect(
     telling.table(result, total)
     with contextlib.ExitStack() as stack:
         done = {} if store is None else dict(stack.enter_context(store).done)
+        texts = {} if store is None else dict(store.texts)
         todo = [i for i in range(len(variants)) if i not in done]
         name = str((meta or {}).get("target", "sweep"))
         bar = stack.enter_context(telling.bar(name, total, len(variants), progress))
@@ -61,14 +65,19 @@ def collect(
             if any(i in done for i in chunk):
                 raise ValueError("the engine gave a variant twice")
             done.update(new)
+            heard = {} if said is None else {i: said(variants[i]) for i in chunk}
+            texts |= heard
             if store is not None:
-                store.add(new)
+                store.add(new, heard)
             bar.add(sum(weights[i] for i in chunk), len(chunk))
     missing = len(variants) - len(done)
     if missing:
         raise ValueError(f"the engine left {missing} of {len(variants)} variants out")
     for i, cell in enumerate(cells):
         table[cell] = done[i]
+    if said is not None:
+        order = sorted(range(len(variants)), key=cells.__getitem__)
+        result.meta["texts"] = {**result.meta.get("texts", {}), "patched": [texts[i] for i in order]}
     return result
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from emocircuits.sweep.readout import Readout
-from emocircuits.sweep.resume import Decoder
+from emocircuits.sweep.resume import Decoder, Packed
 from emocircuits.sweep.targets import Entry, Target, Variant
 
 if TYPE_CHECKING:
@@ -33,10 +33,10 @@ def evaluate(
         A slice into ``variants`` and its values ``[n]`` float64.
     """
     with torch.inference_mode():
-        run = _Run(sweep, target)
+        run = sweep.runner(target)
         if sweep.base.layers[0].resid_pre.device.type == "cpu":
             keep_freed_memory()
-        budget = batch * sweep.columns if batch else tokens(sweep)
+        budget = batch * sweep.columns if batch else run.tokens()
         at = 0
         while at < len(variants):
             end = run.chunk(variants, at, budget)
@@ -79,7 +79,7 @@ def _out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-class _Run:
+class Run:
     """One target on one pair."""
 
     def __init__(self, sweep: Sweep, target: Target) -> None:
@@ -89,6 +89,10 @@ class _Run:
         # Other values than the other prompt's differ from the first column on.
         self.start = sweep.first if sweep.patch_with == "clean" else 0
         self._entry: Entry | None = None
+
+    def tokens(self) -> int:
+        """Packed tokens of a batch."""
+        return tokens(self.sweep)
 
     def forget(self) -> None:
         """Give memory back."""
@@ -137,23 +141,24 @@ class _Run:
         """Metric values ``[n]`` float64 of one batch."""
         base = self.readout.value(self.readout.base)
         found = base.expand(len(variants)).clone()
+        kept = [i for i, v in enumerate(variants) if self.columns(v)]
+        if kept:
+            packed = self.patched([variants[i] for i in kept])
+            found[torch.tensor(kept, device=found.device)] = self.readout(packed)
+        return found
+
+    def patched(self, variants: Sequence[Variant]) -> Packed:
+        """What leaves the last layer that is read, of a batch of variants that change something."""
         parts: list[tuple[tuple[int, ...], list[int | None]]] = []
-        kept = []
-        for i, v in enumerate(variants):
+        for v in variants:
             columns = self.columns(v)
-            if not columns:
-                continue
-            kept.append(i)
             if parts and parts[-1][0] == columns:
                 parts[-1][1].append(v.unit)
             else:
                 parts.append((columns, [v.unit]))
-        if kept:
-            from emocircuits.sweep import attend
+        from emocircuits.sweep import attend
 
-            with attend.switched(self.sweep.handle), self.sweep.products:
-                entry = self.entry(variants[0].layer)
-                layer, packed = entry(parts, variants[0].column is not None)
-                packed = self.decoder.run(layer, packed)
-            found[torch.tensor(kept, device=found.device)] = self.readout(packed)
-        return found
+        with attend.switched(self.sweep.handle), self.sweep.products:
+            entry = self.entry(variants[0].layer)
+            layer, packed = entry(parts, variants[0].column is not None)
+            return self.decoder.run(layer, packed)

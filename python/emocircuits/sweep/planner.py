@@ -67,6 +67,7 @@ class Shape:
         rows: rows of the unembedding that it reads.
         windows: of every layer, how many keys back it sees; None for all.
         images: FLOPs of what is not the decoder (a vision tower) in one pass.
+        generated: tokens that are generated after the prompt, at most.
     """
 
     layers: int
@@ -83,11 +84,12 @@ class Shape:
     rows: int
     windows: tuple[int | None, ...] = ()
     images: int = 0
+    generated: int = 0
 
     @classmethod
     def of(
         cls, handle: Handle, columns: int, *, first: int = 0, reads: Sequence[int] | None = (-1,),
-        rows: int | None = None, images: int = 0,
+        rows: int | None = None, images: int = 0, generated: int = 0,
     ) -> Shape:  # fmt: skip
         """The shape of a model and a prompt.
 
@@ -98,6 +100,7 @@ class Shape:
             reads: columns of the metric, negative from the end; None: all.
             rows: of the unembedding; None: all.
             images: FLOPs outside the decoder in one pass (:func:`outside`).
+            generated: tokens after the prompt, at most.
 
         Raises:
             NotImplementedError: the MLPs are mixtures of experts, whose work is not that of one matrix.
@@ -113,7 +116,7 @@ class Shape:
         gated = handle.family.gate is not None or handle.family.gate_up is not None
         return cls(
             g.layers, g.heads, g.kv_heads, g.head_dim, g.d_model, g.neurons, size, gated, columns, first,
-            tuple(chosen), size if rows is None else rows, handle.windows, images,
+            tuple(chosen), size if rows is None else rows, handle.windows, images, generated,
         )  # fmt: skip
 
 
@@ -142,6 +145,15 @@ class Work:
         layers = sum(s.columns * (self.qkv + self.o + self.mlp) + self.attention(k, 0) for k in range(s.layers))
         return layers + 2 * s.d_model * s.vocabulary * s.columns + s.images
 
+    @cached_property
+    def decoding(self) -> int:
+        """All tokens after the first one that a prompt may generate, in passes of one column each."""
+        s, total = self.shape, 0
+        for column in range(s.columns, s.columns + max(0, s.generated - 1)):
+            seen = sum(4 * self.width * self.seen(layer, column) for layer in range(s.layers))
+            total += s.layers * (self.qkv + self.o + self.mlp) + seen + 2 * s.d_model * s.vocabulary
+        return total
+
     def seen(self, layer: int, column: int) -> int:
         """Keys that the query of a column sees."""
         window = self.shape.windows[layer] if self.shape.windows else None
@@ -165,7 +177,7 @@ class Work:
         if not self.savings.last_columns or n == live:
             return live * (self.qkv + self.o + self.mlp) + self.attention(layer, s.columns - live)
         keys = 2 * s.d_model * self.kv * changed
-        if self.savings.absorbed_values:
+        if self.savings.absorbed_values and not s.generated:
             # Weights of the changed columns times their residuals, then W_V of each sum.
             values = min(keys, n * (2 * s.heads * changed * s.d_model + 2 * s.d_model * self.width))
         else:
@@ -288,6 +300,7 @@ class Forecast:
     forward: int
     seconds: float | None = None
     costs: tuple[int, ...] = ()
+    generated: int = 0
 
     @classmethod
     def sum(cls, parts: Sequence[Forecast]) -> Forecast:
@@ -295,7 +308,7 @@ class Forecast:
         patches, no_ops, flops, naive, least = (
             sum(getattr(part, name) for part in parts) for name in ("patches", "no_ops", "flops", "naive", "least")
         )
-        return cls(patches, no_ops, flops, naive, least, parts[0].forward)
+        return cls(patches, no_ops, flops, naive, least, parts[0].forward, generated=parts[0].generated)
 
     @property
     def lines(self) -> list[str]:
@@ -307,6 +320,8 @@ class Forecast:
             f"one patch at a time it would be {_size(self.naive)}: {self.naive / max(1, self.flops):.1f} times as much",
             f"least known exact work {_size(self.least)}: this run does {self.flops / max(1, self.least):.2f} of it",
         ]
+        if self.generated:
+            lines.append(f"generated text is counted as {self.generated} tokens a patch: the most it may be")
         if self.seconds is not None:
             lines.append(f"expected  {_time(self.seconds)} at the rate of a plain pass, measured just now")
         return lines
@@ -334,10 +349,13 @@ def forecast(
     else:
         costs, lower = (tuple(cost(work, v) for v in variants) for work in (run, least))
         no_ops = sum(not c for c in lower)
+    if shape.generated:
+        costs, lower = (tuple(c and c + run.decoding for c in those) for those in (costs, lower))
     total = sum(costs)
     return Forecast(
-        patches=len(variants), no_ops=no_ops, flops=total, naive=run.forward * len(variants), least=sum(lower),
-        forward=run.forward, seconds=None if rate is None else total / rate, costs=costs,
+        patches=len(variants), no_ops=no_ops, flops=total, naive=(run.forward + run.decoding) * len(variants),
+        least=sum(lower), forward=run.forward, seconds=None if rate is None else total / rate, costs=costs,
+        generated=shape.generated,
     )  # fmt: skip
 
 

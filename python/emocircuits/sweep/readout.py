@@ -25,6 +25,7 @@ class Readout:
         columns: columns read, ascending.
         base: what is read of the base run, ``[1, columns, rows]``.
         reference: the same of the clean run.
+        identity: what decides values besides metric, model and inputs.
     """
 
     def __init__(self, handle: Handle, metric: Metric, clean: Trace, base: Trace, finish: Finish) -> None:
@@ -36,6 +37,7 @@ class Readout:
         self.stop = depth % total
         self.columns = metric.columns(clean.columns)
         self.bias: Tensor | None = getattr(handle.unembed, "bias", None)
+        self.identity: dict[str, Any] = {}
         self.rows: Tensor | None = None
         self.weight: Tensor | None = None
         if metric.depth is None and metric.rows is not None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from emocircuits.sweep import inputs
 from emocircuits.sweep.engine import evaluate
+from emocircuits.sweep.generated import positioned
 from emocircuits.sweep.identity import hash_inputs
 from emocircuits.sweep.planner import Work
 from emocircuits.sweep.results import SweepResult
@@ -61,7 +62,8 @@ class Resampling:
             raise ValueError(f"draws={draws}: expected 1 to {len(prompts)}, the number of prompts to draw from")
         if seed < 0:
             raise ValueError(f"seed={seed}: expected at least 0")
-        self.prompts, self.draws, self.seed = list(prompts), draws, seed
+        self.prompts = [positioned(sweep.handle, sweep.metric, p) if isinstance(p, Mapping) else p for p in prompts]
+        self.draws, self.seed = draws, seed
         self.first: list[int] = []
         """Of every prompt, the first column in which it differs from the base prompt."""
         for i, given in enumerate(self.prompts):

@@ -22,6 +22,8 @@ from emocircuits.sweep.trace import LayerTrace, Trace, first
 
 Parts = Sequence[tuple[nn.Module, Callable[..., Any]]]
 """Modules and what they are replaced with."""
+Watch = Callable[[int, "tuple[Group, ...]", Tensor, Tensor], None]
+"""Told of every layer that is run the groups in which keys and values ``[H_kv, tokens, D]`` are new, and these."""
 
 
 @dc.dataclass(frozen=True)
@@ -77,6 +79,7 @@ class Decoder:
         self._index: dict[tuple[Group, ...], Tensor] = {}
         self._without: dict[tuple[int, int, tuple[int, ...]], tuple[Tensor, Tensor]] = {}
         self.queries = handle.parts("query")
+        self.watch: Watch | None = None
         self.reach = reach(base)
         self.causal = self.reach == tuple(range(self.total))
 
@@ -194,6 +197,7 @@ class Decoder:
         if layer < self.stop:
 
             def take(call: Call) -> Tensor:
+                self._tell(layer, groups, call.key[0], call.value[0])
                 z = self._dense(record, groups, groups, call.query[0], call.key[0], call.value[0])
                 z = packed.z(layer, groups, z)
                 return z.view(1, z.shape[0], call.query.shape[1], -1)
@@ -203,9 +207,14 @@ class Decoder:
         after = tuple(Group(self.live(layer, g.columns[0]), g.count) for g in groups)
         tokens = self._tokens(groups, after)
         q, k, v = self.qkv(layer, packed.x, self.index(groups), tokens)
+        self._tell(layer, groups, k, v)
         z = packed.z(layer, after, self._dense(record, groups, after, q[:, tokens], k, v))
         x = self.after_attention(layer, packed.x[tokens], after, self.project(layer, z))
         return Packed(x, after, False)
+
+    def _tell(self, layer: int, groups: tuple[Group, ...], k: Tensor, v: Tensor) -> None:
+        if self.watch is not None:
+            self.watch(layer, groups, k, v)
 
     def _tokens(self, groups: Sequence[Group], after: Sequence[Group]) -> Tensor:
         """Which packed tokens are in the columns of ``after``."""
@@ -244,6 +253,7 @@ class Decoder:
         """One layer into which every variant enters with one changed column: queries of the others are known."""
         record, groups = self.base.layers[layer], packed.groups
         q, k, v = self.qkv(layer, packed.x, self.index(groups))
+        self._tell(layer, groups, k, v)
         zs, xs, after, start = [], [], [], 0
         for g in groups:
             p, b = g.columns[0], g.count

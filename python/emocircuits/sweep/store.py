@@ -43,6 +43,7 @@ class Store:
 
     Attributes:
         done: values on disk, by number of the variant.
+        texts: what generated values are scores of.
 
     Raises:
         ValueError: the folder holds another sweep (the message says what differs), or shards that cannot be read.
@@ -55,6 +56,7 @@ class Store:
     ) -> None:  # fmt: skip
         self.folder, self.variants, self.seconds = Path(folder), variants, seconds
         self.done: dict[int, float] = {}
+        self.texts: dict[int, Any] = {}
         self._new: list[tuple[int, float]] = []
         self._since = time.monotonic()
         self._lock: int | None = None
@@ -97,8 +99,9 @@ class Store:
         finally:
             self._unlock()
 
-    def add(self, values: Iterable[tuple[int, float]]) -> None:
+    def add(self, values: Iterable[tuple[int, float]], texts: Mapping[int, Any] | None = None) -> None:
         """Take values by number of the variant; they are on disk after :attr:`seconds`, or after :meth:`flush`."""
+        self.texts |= texts or {}
         for index, value in values:
             if index in self.done:
                 raise ValueError(f"variant {index} was computed twice")
@@ -116,15 +119,16 @@ class Store:
         import pyarrow.parquet as pq
 
         patches = [self.variants[i] for i, _ in self._new]
-        table = pa.table(
-            {
-                "index": pa.array([i for i, _ in self._new], pa.int64()),
-                "layer": pa.array([p.layer for p in patches], pa.int32()),
-                "column": pa.array([p.column for p in patches], pa.int32()),
-                "unit": pa.array([p.unit for p in patches], pa.int32()),
-                "value": pa.array([v for _, v in self._new], pa.float64()),
-            }
-        )
+        columns = {
+            "index": pa.array([i for i, _ in self._new], pa.int64()),
+            "layer": pa.array([p.layer for p in patches], pa.int32()),
+            "column": pa.array([p.column for p in patches], pa.int32()),
+            "unit": pa.array([p.unit for p in patches], pa.int32()),
+            "value": pa.array([v for _, v in self._new], pa.float64()),
+        }
+        if self.texts:
+            columns["text"] = pa.array([json.dumps(self.texts[i]) for i, _ in self._new], pa.string())
+        table = pa.table(columns)
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, write_page_checksum=True)
         path = self.folder / SHARDS / f"{self._new[0][0]:09d}-{len(self._new)}.parquet"
@@ -185,9 +189,7 @@ class Store:
         for path in sorted((self.folder / SHARDS).glob("*.parquet")):
             try:
                 # Not read_table on the path: a folder's name with "=" in it would become a column.
-                table = pq.read_table(
-                    pa.BufferReader(path.read_bytes()), columns=["index", "value"], page_checksum_verification=True
-                )
+                table = pq.read_table(pa.BufferReader(path.read_bytes()), page_checksum_verification=True)
             except (OSError, pa.ArrowException) as error:
                 raise ValueError(
                     f"{path}: cannot be read ({error}); remove it, and its patches are computed again"
@@ -198,6 +200,9 @@ class Store:
                         f"{path}: variant {index} is there twice, or not in this sweep; use another folder"
                     )
                 done[index] = value
+            if "text" in table.column_names:
+                said = map(json.loads, table["text"].to_pylist())
+                self.texts |= zip(table["index"].to_pylist(), said, strict=True)
         return done
 
     def _unlock(self) -> None:

@@ -74,6 +74,8 @@ class Trace:
 
     layers: list[LayerTrace]
     columns: int
+    side: str = ""
+    """The prompt that was run: "clean", "corrupt", ..."""
 
 
 def first(output: Any) -> Tensor:
@@ -131,7 +133,7 @@ def trace(handle: Handle, inputs: Mapping[str, Any], side: str) -> tuple[Trace, 
             before.added = record.resid_pre - before.resid_post
             before.resid_post = record.resid_pre
     logits = output.logits if hasattr(output, "logits") else output[0]
-    return Trace(layers, int(layers[0].resid_pre.shape[0])), logits[0]
+    return Trace(layers, int(layers[0].resid_pre.shape[0]), side), logits[0]
 
 
 def _watch(stack: contextlib.ExitStack, handle: Handle, i: int, record: LayerTrace, calls: list[int]) -> None:
