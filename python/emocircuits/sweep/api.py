@@ -20,6 +20,7 @@ from emocircuits.sweep.engine import Run as Runner
 from emocircuits.sweep.engine import evaluate
 from emocircuits.sweep.generated import Continuation, positioned, readout, runner
 from emocircuits.sweep.metrics import Metric, declared
+from emocircuits.sweep.memory import WHERE, Where
 from emocircuits.sweep.packed import Products
 from emocircuits.sweep.planner import Forecast, Savings, Shape, announce, forecast, outside
 from emocircuits.sweep.qkv import names
@@ -79,6 +80,9 @@ class Sweep:
         seed: of the draws.
 
     Raises:
+        activations: where those of the two prompts are kept: on the "device", on the "host" (pinned memory, from which
+            a layer's come to the device when they are read), or "auto": on the device of what fits into half of its
+            free memory.
         TypeError, ValueError, NotImplementedError: what cannot be swept exactly is refused here, before any patch runs.
     """
 
@@ -93,6 +97,7 @@ class Sweep:
         progress: bool = True, resample: Sequence[Mapping[str, Any]] | None = None, draws: int = 1, seed: int = 0,
     ) -> None:  # fmt: skip
         if direction not in ("denoise", "noise"):
+        activations: Where = "auto",
             raise ValueError(f"direction is {direction!r}, expected 'denoise' or 'noise'")
         if not isinstance(patch_with, Tensor) and patch_with not in PATCHES:
             raise ValueError(f"patch_with is {patch_with!r}, expected one of {', '.join(PATCHES)} or a tensor")
@@ -103,6 +108,8 @@ class Sweep:
             raise ValueError(f"batch is {batch}, expected at least 1")
         if isinstance(patch_with, Tensor) and not bool(torch.isfinite(patch_with).all()):
             raise ValueError("patch_with has NaN or infinite values")
+        if activations not in WHERE:
+            raise ValueError(f"activations is {activations!r}, expected one of {', '.join(WHERE)}")
         clean, corrupt = inputs.of_one(clean, "clean"), inputs.of_one(corrupt, "corrupt")
         self.columns = inputs.check(clean, corrupt)
         self.metric = declared(metric)
@@ -115,11 +122,14 @@ class Sweep:
         )  # fmt: skip
         refuse_patched(self.handle)
         refuse_hooks(self.handle)
+        self.activations = activations
         self.products = Products(self.handle)
         with torch.inference_mode(), self.products:
             runs = []
             for side, given in (("clean", clean), ("corrupt", corrupt)):
-                run, logits = trace(self.handle, given, side)
+                # The run that patches come from stays on the device only where the other one fits there too.
+                both = 2 if (side, direction) == ("clean", "denoise") else 1
+                run, logits = trace(self.handle, given, side, activations, both)
                 finish = finishing(self.handle, run, logits)
                 runs.append(run)
                 del logits

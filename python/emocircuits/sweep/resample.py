@@ -78,7 +78,7 @@ class Resampling:
     def run(self, sweep: Sweep, prompt: int) -> Trace:
         """A run of a prompt. It is not kept: one is in memory at a time, and its patches take far longer."""
         with torch.inference_mode(), sweep.products:
-            return trace(sweep.handle, self.prompts[prompt], f"resample[{prompt}]")[0]
+            return trace(sweep.handle, self.prompts[prompt], f"resample[{prompt}]", sweep.activations)[0]
 
     def draw(self, variants: Sequence[Variant]) -> list[Drawn]:
         """All draws of all patches, prompt by prompt."""

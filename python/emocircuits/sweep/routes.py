@@ -232,7 +232,7 @@ def _on(sweep: Sweep, run: Run) -> Sweep:
     if on.direction != sweep.direction:
         inputs = sweep.clean_inputs if run == "clean" else sweep.corrupt_inputs
         with torch.inference_mode(), sweep.products:
-            on.base = trace(sweep.handle, inputs, run)[0]
+            on.base = trace(sweep.handle, inputs, run, sweep.activations)[0]
             on.readout = copy.copy(sweep.readout)
             on.readout.base = on.readout.of(on.base)
     return on

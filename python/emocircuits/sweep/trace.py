@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from emocircuits.families import Handle
 from emocircuits.sweep import attend
+from emocircuits.sweep.memory import NAMES, Host, Where, on_host
 
 # Arguments of a decoder layer that have an entry for every column, and in which dimension.
 BY_COLUMN = {"position_embeddings": -2, "position_ids": -1, "cache_position": -1, "text_position_ids": -1}
@@ -68,6 +69,26 @@ class LayerTrace:
         return found
 
 
+class HostLayer(LayerTrace):
+    """A layer whose activations are in host memory: what is read of it comes to the device then."""
+
+    def __init__(self, record: LayerTrace, host: Host, layer: int) -> None:
+        self.__dict__.update({k: v for k, v in vars(record).items() if k not in NAMES})
+        self.__dict__.update(_host=host, _layer=layer)
+
+
+def _brought(name: str) -> property:
+    def read(self: Any) -> Tensor | None:
+        found: Tensor | None = self._host.get(self._layer, name)
+        return found
+
+    return property(read)
+
+
+for _name in NAMES:
+    setattr(HostLayer, _name, _brought(_name))
+
+
 @dc.dataclass
 class Trace:
     """A whole run: its layers, and the rotary, mask and unembedding facts that a resumed run shares."""
@@ -76,6 +97,8 @@ class Trace:
     columns: int
     side: str = ""
     """The prompt that was run: "clean", "corrupt", ..."""
+    host: Host | None = None
+    """Where the layers' activations are, when not on the device."""
 
 
 def first(output: Any) -> Tensor:
@@ -97,8 +120,17 @@ def refuse_hooks(handle: Handle) -> None:
 
 
 @torch.no_grad()
-def trace(handle: Handle, inputs: Mapping[str, Any], side: str) -> tuple[Trace, Tensor]:
+def trace(
+    handle: Handle, inputs: Mapping[str, Any], side: str, activations: Where = "auto", runs: int = 1
+) -> tuple[Trace, Tensor]:
     """Run the model once.
+
+    Args:
+        handle: the model.
+        inputs: of one row.
+        side: what the prompt is called in messages.
+        activations: where they are kept, see :func:`.memory.on_host`.
+        runs: how many runs of that size have to fit on the device.
 
     Returns:
         The trace, and the model's logits ``[T, vocabulary]``.
@@ -109,36 +141,82 @@ def trace(handle: Handle, inputs: Mapping[str, Any], side: str) -> tuple[Trace, 
     """
     if any(m.training for m in handle.text.modules()):
         raise ValueError("the model is in training mode; call model.eval() before a sweep")
-    layers = [LayerTrace() for _ in handle.layers]
-    calls = [0] * len(layers)
+    run = _Running(handle, side, activations, runs)
     with contextlib.ExitStack() as stack:
         stack.enter_context(attend.switched(handle))
-        for i, record in enumerate(layers):
-            _watch(stack, handle, i, record, calls)
+        for i, record in enumerate(run.layers):
+            _watch(stack, handle, i, record, run)
         output = handle.model(**{**inputs, "use_cache": False})
-    for i, record in enumerate(layers):
-        _check(handle, i, record, calls[i], side)
-        if record.resid_pre.device != layers[0].resid_pre.device:
+    last = len(run.layers) - 1
+    run.check(last)
+    run.settle(last, run.layers[last].resid_post)
+    for i, calls in enumerate(run.calls):
+        _once(i, calls)
+    if run.host is not None:
+        run.host.done()
+    logits = output.logits if hasattr(output, "logits") else output[0]
+    return Trace(run.layers, int(run.layers[0].resid_pre.shape[0]), side, run.host), logits[0]
+
+
+class _Running:
+    """A run that is going on: each layer is checked, and put where it is kept, when the next one begins."""
+
+    def __init__(self, handle: Handle, side: str, activations: Where, runs: int) -> None:
+        self.handle, self.side, self.activations, self.runs = handle, side, activations, runs
+        self.layers = [LayerTrace() for _ in handle.layers]
+        self.calls = [0] * len(self.layers)
+        self.host: Host | None = None
+        self._masks: dict[int, tuple[Tensor | None, Tensor]] = {}
+        self._device: torch.device | None = None
+
+    def entered(self, i: int) -> None:
+        """Layer ``i`` has its input."""
+        record = self.layers[i]
+        self._device = self._device or record.resid_pre.device
+        if record.resid_pre.device != self._device:
             raise NotImplementedError(
-                f"layer {i} is on {record.resid_pre.device}, the first one on {layers[0].resid_pre.device}; a sweep "
+                f"layer {i} is on {record.resid_pre.device}, the first one on {self._device}; a sweep "
                 "needs all layers on one device"
             )
-        before = layers[i - 1]
-        if i and not torch.equal(record.resid_pre, before.resid_post):
-            if not handle.family.between_layers:
+        if not i:
+            return
+        before = self.layers[i - 1]
+        self.check(i - 1)
+        if not torch.equal(record.resid_pre, before.resid_post):
+            if not self.handle.family.between_layers:
                 raise NotImplementedError(
                     f"the text decoder changes the residual stream between layers {i - 1} and {i}, and family "
-                    f"{handle.family.name} does not say how"
+                    f"{self.handle.family.name} does not say how"
                 )
             before.added = record.resid_pre - before.resid_post
-            before.resid_post = record.resid_pre
-    logits = output.logits if hasattr(output, "logits") else output[0]
-    return Trace(layers, int(layers[0].resid_pre.shape[0]), side), logits[0]
+        plain, before.resid_post = before.resid_post, record.resid_pre
+        self.settle(i - 1, plain)
+
+    def check(self, i: int) -> None:
+        """Refuse what layer ``i`` did, or gave, if a sweep cannot go on from it."""
+        _once(i, self.calls[i])
+        _check(i, self.layers[i], self.side)
+
+    def settle(self, i: int, left: Tensor) -> None:
+        """Layer ``i`` is complete; ``left`` is what left it before anything was added."""
+        record = self.layers[i]
+        record.additive = _additive(record, left)
+        # Layers mostly have one mask between them.
+        key = id(record.mask)
+        if key not in self._masks:
+            self._masks[key] = (record.mask, _additive_mask(record))
+        record.mask = self._masks[key][1]
+        fields = {name: x for name in NAMES if (x := getattr(record, name)) is not None}
+        if i == 0 and on_host(self.activations, fields, len(self.layers), self.runs):
+            self.host = Host(record.resid_pre.device)
+        if self.host is not None:
+            self.host.put(i, fields)
+            self.layers[i] = HostLayer(record, self.host, i)
 
 
-def _watch(stack: contextlib.ExitStack, handle: Handle, i: int, record: LayerTrace, calls: list[int]) -> None:
+def _watch(stack: contextlib.ExitStack, handle: Handle, i: int, record: LayerTrace, run: _Running) -> None:
     def take(call: attend.Call) -> Tensor:
-        calls[i] += 1
+        run.calls[i] += 1
         record.q, record.k, record.v, record.mask = call.query, call.key, call.value, call.mask
         record.scaling, record.softcap = call.scaling, call.softcap
         mask = visible(call.mask, call.query) if call.mask is None else call.mask
@@ -159,6 +237,7 @@ def _watch(stack: contextlib.ExitStack, handle: Handle, i: int, record: LayerTra
             if tensors and name not in BY_COLUMN and name not in DROPPED:
                 raise NotImplementedError(f"layer {i} takes {name}, which a sweep does not know how to cut to columns")
         record.kwargs = {k: None if k in DROPPED else v for k, v in given.items()}
+        run.entered(i)
 
     def keep(module: nn.Module, name: str, extra: str | None = None) -> None:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
@@ -222,9 +301,12 @@ def visible(mask: Tensor | None, like: Tensor) -> Tensor:
     return torch.ones(total, total, dtype=torch.bool, device=like.device).tril()[None, None]
 
 
-def _check(handle: Handle, i: int, record: LayerTrace, calls: int, side: str) -> None:
+def _once(i: int, calls: int) -> None:
     if calls != 1:
         raise NotImplementedError(f"layer {i} called transformers' attention interface {calls} times, expected once")
+
+
+def _check(i: int, record: LayerTrace, side: str) -> None:
     total = record.resid_pre.shape[0]
     if record.k.shape[2] != total:
         raise NotImplementedError(f"layer {i} attends to {record.k.shape[2]} keys in a prompt of {total} columns")
@@ -237,13 +319,19 @@ def _check(handle: Handle, i: int, record: LayerTrace, calls: int, side: str) ->
             )
     if record.projected is None or not torch.equal(record.projected, record.attention):
         raise NotImplementedError(f"attention of layer {i} does something after its output projection")
-    mask = record.mask
-    # Additive, so that attention need not turn it into that in every call.
-    seen = visible(mask, record.q)
-    if seen.dtype == torch.bool:
-        seen = torch.zeros_like(seen, dtype=record.q.dtype).masked_fill(~seen, float("-inf"))
-    record.mask = seen
     record.projected = None
-    total_out = record.resid_pre + record.attn_out + record.mlp_out
-    eps = 16 * torch.finfo(total_out.dtype).eps * float(record.resid_post.abs().max())
-    record.additive = torch.allclose(total_out, record.resid_post, rtol=0, atol=eps)
+
+
+def _additive_mask(record: LayerTrace) -> Tensor:
+    """The mask as what is added to logits, so that attention need not turn it into that in every call."""
+    seen = visible(record.mask, record.q)
+    if seen.dtype == torch.bool:
+        return torch.zeros_like(seen, dtype=record.q.dtype).masked_fill(~seen, float("-inf"))
+    return seen
+
+
+def _additive(record: LayerTrace, left: Tensor) -> bool:
+    """See :attr:`LayerTrace.additive`."""
+    total = record.resid_pre + record.attn_out + record.mlp_out
+    eps = 16 * torch.finfo(total.dtype).eps * float(left.abs().max())
+    return torch.allclose(total, left, rtol=0, atol=eps)
