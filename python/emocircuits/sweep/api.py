@@ -19,8 +19,8 @@ from emocircuits.sweep.combinations import Heads, sweep_combinations
 from emocircuits.sweep.engine import Run as Runner
 from emocircuits.sweep.engine import evaluate
 from emocircuits.sweep.generated import Continuation, positioned, readout, runner
-from emocircuits.sweep.metrics import Metric, declared
 from emocircuits.sweep.memory import WHERE, Where
+from emocircuits.sweep.metrics import Metric, declared
 from emocircuits.sweep.packed import Products
 from emocircuits.sweep.planner import Forecast, Savings, Shape, announce, forecast, outside
 from emocircuits.sweep.qkv import names
@@ -78,11 +78,11 @@ class Sweep:
         resample: prompts to draw from, as long as the pair's own.
         draws: prompts for each patch; the table is the mean over them, their own tables are in its ``draws``.
         seed: of the draws.
-
-    Raises:
         activations: where those of the two prompts are kept: on the "device", on the "host" (pinned memory, from which
             a layer's come to the device when they are read), or "auto": on the device of what fits into half of its
             free memory.
+
+    Raises:
         TypeError, ValueError, NotImplementedError: what cannot be swept exactly is refused here, before any patch runs.
     """
 
@@ -95,9 +95,9 @@ class Sweep:
         self, model: nn.Module, clean: Inputs, corrupt: Inputs, metric: Measure, direction: str = "denoise",
         patch_with: str | Tensor = "clean", batch: int | None = None, out: str | Path | None = None,
         progress: bool = True, resample: Sequence[Mapping[str, Any]] | None = None, draws: int = 1, seed: int = 0,
+        activations: Where = "auto",
     ) -> None:  # fmt: skip
         if direction not in ("denoise", "noise"):
-        activations: Where = "auto",
             raise ValueError(f"direction is {direction!r}, expected 'denoise' or 'noise'")
         if not isinstance(patch_with, Tensor) and patch_with not in PATCHES:
             raise ValueError(f"patch_with is {patch_with!r}, expected one of {', '.join(PATCHES)} or a tensor")
@@ -106,10 +106,10 @@ class Sweep:
             raise ValueError("resample= is given, and patch_with is not 'resample': nothing would be drawn from it")
         if batch is not None and batch < 1:
             raise ValueError(f"batch is {batch}, expected at least 1")
-        if isinstance(patch_with, Tensor) and not bool(torch.isfinite(patch_with).all()):
-            raise ValueError("patch_with has NaN or infinite values")
         if activations not in WHERE:
             raise ValueError(f"activations is {activations!r}, expected one of {', '.join(WHERE)}")
+        if isinstance(patch_with, Tensor) and not bool(torch.isfinite(patch_with).all()):
+            raise ValueError("patch_with has NaN or infinite values")
         clean, corrupt = inputs.of_one(clean, "clean"), inputs.of_one(corrupt, "corrupt")
         self.columns = inputs.check(clean, corrupt)
         self.metric = declared(metric)
@@ -120,9 +120,9 @@ class Sweep:
         self.direction, self.patch_with, self.batch, self.out, self.progress = (
             direction, patch_with, batch, out, progress,
         )  # fmt: skip
+        self.activations = activations
         refuse_patched(self.handle)
         refuse_hooks(self.handle)
-        self.activations = activations
         self.products = Products(self.handle)
         with torch.inference_mode(), self.products:
             runs = []
