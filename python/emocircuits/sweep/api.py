@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from emocircuits.families import open_model
 from emocircuits.roles import prompt_roles
 from emocircuits.sweep import inputs
+from emocircuits.sweep.attribution.nodes import Method, estimates
 from emocircuits.sweep.collect import collect
 from emocircuits.sweep.combinations import Heads, sweep_combinations
 from emocircuits.sweep.engine import Run as Runner
@@ -32,6 +33,7 @@ from emocircuits.sweep.several import Several, one_or_several, over_pairs
 from emocircuits.sweep.stale import Weights, refuse_patched
 from emocircuits.sweep.store import Store, open_store
 from emocircuits.sweep.targets import (
+    KINDS,
     PATCHES,
     UNITS,
     Target,
@@ -163,23 +165,22 @@ class Sweep:
     @over_pairs
     def heads(self, positions: Positions = "all", layers: Sequence[int] | None = None) -> SweepResult:
         """Head outputs ``z``: axes [layer, head] for all positions at once, else [layer, pos, head]."""
-        units = list(range(self.handle.geometry.heads))
-        return self._sweep(Target("heads"), units, positions, layers)
+        return self._sweep(*self.target("heads"), positions, layers)
 
     @over_pairs
     def residual(self, positions: Positions = "all", layers: Sequence[int] | None = None) -> SweepResult:
         """The residual stream that enters a layer: [layer] or [layer, pos]."""
-        return self._sweep(Target("residual"), [None], positions, layers)
+        return self._sweep(*self.target("residual"), positions, layers)
 
     @over_pairs
     def attn_out(self, positions: Positions = "all", layers: Sequence[int] | None = None) -> SweepResult:
         """What attention adds to the residual stream: [layer] or [layer, pos]."""
-        return self._sweep(Target("attn_out"), [None], positions, layers)
+        return self._sweep(*self.target("attn_out"), positions, layers)
 
     @over_pairs
     def mlp_out(self, positions: Positions = "all", layers: Sequence[int] | None = None) -> SweepResult:
         """What the MLP adds to the residual stream: [layer] or [layer, pos]."""
-        return self._sweep(Target("mlp_out"), [None], positions, layers)
+        return self._sweep(*self.target("mlp_out"), positions, layers)
 
     @over_pairs
     def qkv(self, positions: Positions = "all", layers: Sequence[int] | None = None) -> SweepResult:
@@ -187,9 +188,7 @@ class Sweep:
 
         They are patched as attention gets them, after rotary embedding; labels are "q0", ..., "k0", ..., "v0", ...
         """
-        g = self.handle.geometry
-        units = list(range(g.heads + 2 * g.kv_heads))
-        return self._sweep(Target("qkv"), units, positions, layers)
+        return self._sweep(*self.target("qkv"), positions, layers)
 
     @over_pairs
     def neurons(
@@ -207,18 +206,8 @@ class Sweep:
             NotImplementedError: the MLPs are mixtures of experts.
             ValueError: a neuron that the MLP does not have, or more groups than neurons.
         """
-        _ = self.handle.down_projections
-        total = self.handle.geometry.neurons
-        if isinstance(groups, int):
-            if not 1 <= groups <= total:
-                raise ValueError(f"{groups} groups of {total} neurons: expected 1 to {total}")
-            edges = [i * total // groups for i in range(groups + 1)]
-            chosen = tuple(tuple(range(a, b)) for a, b in pairwise(edges))
-        else:
-            chosen = tuple(tuple(sorted(set(map(int, g)))) for g in groups)
-            if not chosen or any(not g or g[0] < 0 or g[-1] >= total for g in chosen):
-                raise ValueError(f"groups must name neurons 0 to {total - 1}, at least one in each")
-        return self._sweep(Target("neurons", chosen), list(range(len(chosen))), positions, layers)
+        target, units = self.target("neurons", groups)
+        return self._sweep(target, units, positions, layers)
 
     @over_pairs
     def routes(
@@ -268,6 +257,31 @@ class Sweep:
         """
         return sweep_combinations(self, heads, size, positions, top, limit)
 
+    @over_pairs
+    def attribute(
+        self, target: str = "heads", method: Method = "atp", positions: Positions = "all",
+        layers: Sequence[int] | None = None, groups: int | Sequence[Sequence[int]] = 16, steps: int = 8,
+    ) -> SweepResult:  # fmt: skip
+        """The table of a target, estimated from gradients: ``m(base) + (patch - base) . dm/dx`` for every patch.
+
+        Nothing is stored in `out`. The metric must be differentiable.
+
+        Args:
+            target: "heads", "neurons", "residual", "attn_out", "mlp_out" or "qkv".
+            method: "atp": gradients of the base run. "atp*" (Kramár et al. 2024): queries and keys with their softmax
+                exact (the QK fix), and for all targets GradDrop: magnitudes averaged over runs without the gradient
+                through one layer, with the sign of the estimate without drops. "ig": gradients averaged over `steps`
+                points between what a layer's site is and what it is patched with.
+            positions, layers: see :meth:`heads`.
+            groups: see :meth:`neurons`.
+            steps: of "ig".
+
+        Raises:
+            ValueError: a metric that autograd cannot follow.
+            NotImplementedError: patches drawn from other prompts.
+        """
+        return estimates(self, *self.target(target, groups), method, positions, layers, steps)
+
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
@@ -276,6 +290,32 @@ class Sweep:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     # ---- the parts of a sweep -------------------------------------------------------------------------
+
+    def target(self, kind: str, groups: int | Sequence[Sequence[int]] = 16) -> tuple[Target, list[int | None]]:
+        """A kind of patch and its units: heads, groups of neurons, or ``[None]``.
+
+        Raises:
+            ValueError: another kind, or groups that the MLP does not have.
+            NotImplementedError: neurons of mixtures of experts.
+        """
+        g = self.handle.geometry
+        if kind not in KINDS:
+            raise ValueError(f"target {kind!r}: expected one of {', '.join(KINDS)}")
+        if kind != "neurons":
+            count = {"heads": g.heads, "qkv": g.heads + 2 * g.kv_heads}.get(kind)
+            return Target(kind), [None] if count is None else list(range(count))
+        _ = self.handle.down_projections
+        total = self.handle.geometry.neurons
+        if isinstance(groups, int):
+            if not 1 <= groups <= total:
+                raise ValueError(f"{groups} groups of {total} neurons: expected 1 to {total}")
+            edges = [i * total // groups for i in range(groups + 1)]
+            chosen = tuple(tuple(range(a, b)) for a, b in pairwise(edges))
+        else:
+            chosen = tuple(tuple(sorted(set(map(int, g)))) for g in groups)
+            if not chosen or any(not g or g[0] < 0 or g[-1] >= total for g in chosen):
+                raise ValueError(f"groups must name neurons 0 to {total - 1}, at least one in each")
+        return Target("neurons", chosen), list(range(len(chosen)))
 
     def variants(
         self, target: Target, units: Sequence[int | None], positions: Positions, layers: Sequence[int] | None
