@@ -12,7 +12,8 @@ from models import prompt
 from test_sweep_engine import HEADS, A, B, agree, difference, pair
 
 from emocircuits.scoring.statistics import intervals
-from emocircuits.sweep import Sweep, SweepResult, log_prob, logit_diff
+from emocircuits.sweep import Sweep, SweepResult, log_prob, logit_diff, progress
+from emocircuits.sweep.targets import Target
 
 
 @functools.cache
@@ -172,3 +173,35 @@ def test_a_result_of_a_mean_is_what_results_are_good_for(tmp_path):
     found.save(tmp_path)
     assert torch.equal(SweepResult.load(tmp_path).pairs, found.pairs)
     assert found.meta["pairs"] == 3
+
+
+def test_the_bar_is_over_all_pairs_and_ends_where_it_said(tmp_path, monkeypatch):
+    model, clean, corrupt = pairs("llama", (7, 9, 12))
+    bars, seen = [], []
+    real = progress.Bar.add
+
+    def add(self, cost, patches):
+        real(self, cost, patches)
+        seen.append((self.bar.total, self.bar.n))
+
+    monkeypatch.setattr(progress.Bar, "add", add)
+    make = progress.Bar.__init__
+    monkeypatch.setattr(progress.Bar, "__init__", lambda self, *a: (make(self, *a), bars.append(self))[0])
+    Sweep(model, clean[:1], corrupt[:1], logit_diff(A, B), out=tmp_path, batch=1).heads()
+    bars.clear()
+    seen.clear()
+    Sweep(model, clean, corrupt, logit_diff(A, B), out=tmp_path, batch=1).heads()
+    (bar,) = bars
+    # What the first pair has on disk says nothing about how long the others take.
+    assert 0 < bar.bar.initial < bar.bar.total
+    totals = [total for total, _ in seen]
+    assert max(totals) == pytest.approx(min(totals)), "known before the run"
+    assert bar.bar.n == pytest.approx(bar.bar.total, rel=1e-9)
+    assert len({n for _, n in seen}) > 10
+    assert (bar.done, bar.patches) == (36, 36)
+    alone = [
+        sum(w.forecast(Target("heads"), w.variants(Target("heads"), list(range(4)), "all", None)[0]).costs)
+        for w in (Sweep(model, a, b, logit_diff(A, B), progress=False) for a, b in zip(clean, corrupt, strict=True))
+    ]
+    assert bar.bar.total == pytest.approx(sum(alone), rel=1e-4)
+    assert bar.bar.initial == pytest.approx(alone[0], rel=1e-4)
