@@ -13,7 +13,7 @@ from test_sweep_engine import A, B, agree, difference, pair
 from test_sweep_families import pair as harness_pair
 from test_sweep_families import place
 
-from emocircuits.sweep import Sweep, interaction, kl, logit_diff, projection
+from emocircuits.sweep import Sweep, generated, interaction, kl, logit_diff, projection
 from emocircuits.sweep.resume import Decoder
 
 CHOSEN = [(0, 1), (0, 3), (1, 0), (2, 2), (2, 3)]
@@ -275,3 +275,38 @@ def test_several_pairs():
     torch.testing.assert_close(
         routes.values, sum(s.routes(layers=[1]).values for s in (one, two)) / 2, rtol=0, atol=1e-10
     )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("positions", ["all", [4, -1]])
+def test_generated_text(positions):
+    """Sets are patched in the pass over the prompt; what follows is the model's own."""
+    model, clean, corrupt = pair("qwen2")
+    total = clean["input_ids"].shape[1]
+    kept = oracle.record(model, clean, "heads")
+
+    def said(heads, columns):
+        def hook(layer, head):
+            part = slice(8 * head, 8 * head + 8)
+
+            def change(module, args):
+                x = args[0].clone()
+                if x.shape[1] == total:
+                    x[0, columns, part] = kept[layer][columns, part]
+                return (x,)
+
+            return oracle.place(model, "heads", layer)[0].register_forward_pre_hook(change)
+
+        hooks = [hook(*h) for h in heads]
+        try:
+            return model.generate(**corrupt, do_sample=False, max_new_tokens=4)[0, total:].tolist()
+        finally:
+            for h in hooks:
+                h.remove()
+
+    metric = generated(lambda ids: float(sum((i + 1) * t for i, t in enumerate(ids))), limit=4)
+    found = Sweep(model, clean, corrupt, metric, progress=False).combinations(CHOSEN, size=3, positions=positions)
+    places = [list(range(total))] if positions == "all" else [[c % total] for c in positions]
+    expected = [said(s, columns) for s in combinations(CHOSEN, 3) for columns in places]
+    assert found.meta["texts"]["patched"] == expected
+    assert len({tuple(e) for e in expected}) > 1
