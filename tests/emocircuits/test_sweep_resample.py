@@ -241,3 +241,13 @@ def test_refusals():
     del others[2]["pixel_values"]
     with pytest.raises(ValueError, match=r"resample\[2\].*an image on one side only"):
         Sweep(llava, clean, corrupt, logit_diff(A, B), patch_with="resample", resample=others, progress=False)
+
+
+def test_activations_on_the_host():
+    model, clean, corrupt, others = prompts_of("qwen2")
+    more = dict(patch_with="resample", resample=others, draws=2, progress=False)
+    here, there = (
+        Sweep(model, clean, corrupt, logit_diff(A, B), activations=where, **more) for where in ("device", "host")
+    )
+    for sweep in (lambda s: s.heads("each"), lambda s: s.combinations(CHOSEN, size=3), lambda s: s.routes()):
+        torch.testing.assert_close(sweep(there).values, sweep(here).values, rtol=0, atol=1e-11)
