@@ -9,7 +9,7 @@ import pytest
 import sweep_oracle as oracle
 import torch
 from families_vision_models import VISION
-from models import VOCAB, build
+from models import IMAGE, VOCAB, build
 from test_sweep_engine import HEADS, A, B, agree, difference, pair
 
 from emocircuits import AddVector, BoostRoute, Plan, ScaleHead, patch
@@ -297,3 +297,27 @@ def test_autocast_around_a_part_of_it():
         sweep = Sweep(model, clean, corrupt, METRIC, progress=False)
     with pytest.raises(ValueError, match=r"under another torch\.autocast"):
         sweep.heads()
+
+
+def test_a_role_that_is_elsewhere_in_the_other_prompt():
+    model, clean, corrupt = pair("llava")
+    image = (clean["input_ids"][0] == IMAGE).nonzero().flatten().tolist()
+    moved = clean["input_ids"].clone()
+    moved[0, image[0] - 1], moved[0, image[-1]] = IMAGE, 20
+    sweep = Sweep(model, {**clean, "input_ids": moved}, corrupt, METRIC, progress=False)
+    with pytest.raises(ValueError, match="VISUAL is in other columns of the clean prompt than of the corrupt one"):
+        sweep.residual("visual")
+    given = {**clean, "input_ids": moved}
+    found = sweep.residual([image[0] - 1, image[0]], layers=[1])
+    expected = oracle.sweep(model, corrupt, given, "residual", difference, [image[0] - 1, image[0]], layers=[1])
+    agree(found.values, expected, 1e-10, found.gap)
+
+
+def test_positions_of_the_prompts_own():
+    """Position ids that do not count from 0 are those that resumed layers use."""
+    model, clean, corrupt = pair("llama")
+    ids = torch.tensor([[3, 4, 5, 9, 10, 11, 12, 20, 21]])
+    clean, corrupt = {**clean, "position_ids": ids}, {**corrupt, "position_ids": ids}
+    found = Sweep(model, clean, corrupt, METRIC, progress=False).heads("each", layers=[0, 1])
+    expected = oracle.sweep(model, corrupt, clean, "heads", difference, "each", HEADS, layers=[0, 1])
+    agree(found.values, expected, 1e-10, found.gap)

@@ -355,7 +355,7 @@ class Sweep:
                 end. Columns count padding.
 
         Raises:
-            ValueError: a column outside the prompt, or a role that no token has.
+            ValueError: a column outside the prompt, or a role that no token has, or other ones in the two prompts.
         """
         if isinstance(positions, str) and positions == "all":
             return [None]
@@ -366,9 +366,11 @@ class Sweep:
             if isinstance(positions, str) and positions.lower() not in names:
                 raise ValueError(f"positions={positions!r}: expected 'all', 'each', columns or one of {list(names)}")
             role = names[positions.lower()] if isinstance(positions, str) else positions
-            ids = self.corrupt_inputs["input_ids"]
-            roles = prompt_roles(ids, self.real[None].to(ids.device), self.handle.placeholder_ids())[0]
-            found: list[int | None] = [int(c) for c in (roles == int(role)).nonzero().flatten()]
+            found, there = (
+                (prompt_roles(ids, self.real[None].to(ids.device), self.handle.placeholder_ids())[0] == int(role))
+                .nonzero().flatten().tolist()
+                for ids in (self.corrupt_inputs["input_ids"], self.clean_inputs["input_ids"])
+            )  # fmt: skip
             if not found:
                 raise ValueError(f"no token of the prompt is {role.name}")
             return found
@@ -391,6 +393,10 @@ class Sweep:
         """
         rows = self.metric.rows
         shape = Shape.of(
+            if found != there:
+                raise ValueError(
+                    f"{role.name} is in other columns of the clean prompt than of the corrupt one; name columns"
+                )
             self.handle, self.columns, first=self.first if self.patch_with == "clean" else 0,
             reads=self.readout.columns, rows=None if rows is None else len(rows), images=images,
             generated=getattr(self.metric, "limit", 0),
