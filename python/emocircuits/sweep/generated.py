@@ -165,10 +165,24 @@ class Continuation(Readout):
         if run.side not in self._base:
             prompt = self.prompts[run.side]
             cache = prompt.cache([r.k for r in run.layers], [r.v for r in run.layers])
-            (ids,) = decode(prompt, cache, self.read(run.layers[-1].resid_post[-1:]))
+            (ids,) = decode(prompt, cache, self.logits(run.layers[-1].resid_post[-1:]))
             self.said[run.side], score = self.scored(ids)
             self._base[run.side] = torch.tensor([[[score]]], dtype=torch.float64, device=ids.device)
         return self._base[run.side]
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits ``[n, V]`` of what leaves the last layer."""
+        return super().read(x)
+
+    def read(self, x: Tensor) -> Tensor:
+        """Refuse to score one pass.
+
+        Raises:
+            NotImplementedError: always: texts are made in many passes.
+        """
+        raise NotImplementedError(
+            "generated text is not read from one pass over a prompt, and has no gradient; use a metric of logits here"
+        )
 
     def scored(self, ids: Tensor) -> tuple[Said, float]:
         """The text of new tokens ``[n]``, and its score."""
@@ -265,10 +279,9 @@ class GeneratingRun(Run):
         finally:
             self.decoder.watch = None
         self._set(variants, filled)
-        read = self.read_last(packed.groups, packed.x, len(variants))
-        return self.readout.read(read)
+        return self.readout.logits(self._last(packed.groups, packed.x, len(variants)))
 
-    def read_last(self, groups: Sequence[Group], x: Tensor, rows: int) -> Tensor:
+    def _last(self, groups: Sequence[Group], x: Tensor, rows: int) -> Tensor:
         """The last column ``[rows, d_model]`` of what leaves the last layer, the base run's where it did not change."""
         last = self.sweep.columns - 1
         out = self.sweep.base.layers[-1].resid_post[-1:].expand(rows, -1).clone()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from emocircuits.sweep import attend
+from emocircuits.sweep.generated import Generated
 from emocircuits.sweep.keys import reach
 from emocircuits.sweep.results import SweepResult
 from emocircuits.sweep.resume import Decoder
@@ -81,6 +82,8 @@ def residual_between(sweep: Sweep) -> SweepResult:
     Raises:
         NotImplementedError: attention and MLP read the same residual stream, or something else is added after the MLP.
     """
+    if isinstance(sweep.metric, Generated):
+        raise NotImplementedError("the residual stream between attention and MLP with generated text; use residual()")
     decoder = Decoder(sweep.handle, sweep.base, sweep.readout.stop, sweep.readout.columns)
     for layer, record in enumerate(sweep.base.layers):
         if not _one_after_the_other(decoder, layer) or record.added is not None:

@@ -81,6 +81,16 @@ class SweepResult:
         return math.isfinite(self.gap) and abs(self.gap) > noise
 
     @property
+    def texts(self) -> list[Any] | None:
+        """Of a generated metric what each patch made the model say, as ``values.flatten()``; of others None.
+
+        Of several pairs as ``pairs.flatten()``, of several draws all draws of a patch, then those of the next.
+        Those of the two prompts are in ``meta["texts"]``, except for several pairs.
+        """
+        found: list[Any] | None = self.meta.get("texts", {}).get("patched")
+        return found
+
+    @property
     def effects(self) -> Tensor:
         """``(values - corrupt) / (clean - corrupt)``: 0 as the corrupt prompt, 1 as the clean one.
 
@@ -129,6 +139,8 @@ class SweepResult:
         # Columns that are not the same in all pairs are numbered.
         labels |= {a: list(range(len(first.labels[a]))) for a in first.axes if a not in labels}
         meta = {k: v for k, v in first.meta.items() if all(r.meta.get(k) == v for r in results)}
+        if all(r.texts is not None for r in results):
+            meta["texts"] = {"patched": [text for r in results for text in r.texts or []]}
         return cls(pairs.mean(0), clean, corrupt, first.axes, labels, {**meta, "pairs": len(results)}, pairs, baselines)
 
     def interval(
@@ -219,8 +231,8 @@ class SweepResult:
     def to_dataframe(self) -> pd.DataFrame:
         """One row a patch: a column for each axis, ``value`` and ``effect`` (NaN where there is none).
 
-        Several pairs also give ``effect_low`` and ``effect_high``; labels that name an axis once more (as long as it,
-        such as "token" for "pos") become columns.
+        Several pairs also give ``effect_low`` and ``effect_high``, generated metrics of one pair ``text``; labels that
+        name an axis once more (as long as it, such as "token" for "pos") become columns.
         """
         import pandas as pd
 
@@ -235,6 +247,8 @@ class SweepResult:
         if self.sampled and self.measurable:
             low, high = self.interval()
             columns |= {"effect_low": low.flatten().numpy(), "effect_high": high.flatten().numpy()}
+        if self.texts is not None and len(self.texts) == self.values.numel():
+            columns["text"] = self.texts
         return pd.DataFrame(columns)
 
     def _extra(self, axis: str) -> list[str]:
@@ -244,7 +258,7 @@ class SweepResult:
     def top(self, n: int = 10) -> list[dict[str, Any]]:
         """The ``n`` patches that move the metric most, strongest first: axes, value, effect (None without one).
 
-        Several pairs or draws also give ``effect_low`` and ``effect_high``.
+        Several pairs or draws also give ``effect_low`` and ``effect_high``, generated metrics of one pair ``text``.
         """
         moved = (self.values - self.base).abs().flatten().nan_to_num(-1.0)
         order = moved.argsort(descending=True, stable=True)[:n]
@@ -256,6 +270,9 @@ class SweepResult:
             found.append(
                 place | {"value": value, "effect": (value - self.corrupt) / self.gap if self.measurable else None}
             )
+        if self.texts is not None and len(self.texts) == self.values.numel():
+            for place, flat in zip(found, order.tolist(), strict=True):
+                place["text"] = self.texts[flat]
         if self.sampled and self.measurable:
             above, below = self._samples("effects")
             low, high = intervals(above.flatten(1)[:, order].numpy(), below.numpy())
