@@ -205,3 +205,11 @@ def test_the_bar_is_over_all_pairs_and_ends_where_it_said(tmp_path, monkeypatch)
     ]
     assert bar.bar.total == pytest.approx(sum(alone), rel=1e-4)
     assert bar.bar.initial == pytest.approx(alone[0], rel=1e-4)
+
+
+def test_every_target_goes_over_pairs():
+    parts = {"table", "collected"}  # of one pair, which targets are made of
+    for name, method in vars(Sweep).items():
+        gives = getattr(method, "__annotations__", {}).get("return")
+        if gives == "SweepResult" and not name.startswith("_") and name not in parts:
+            assert hasattr(method, "__wrapped__"), f"{name} lacks @over_pairs"
