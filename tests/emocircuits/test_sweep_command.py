@@ -278,6 +278,13 @@ def test_the_code_of_the_page_runs(capsys):
     assert json.loads(example[1])["answer"] == "happy"
 
 
+@pytest.mark.parametrize("page", sorted(PAGE.parent.glob("sweep-*.md")), ids=lambda page: page.stem)
+def test_the_code_of_the_other_pages_runs(page):
+    names: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+        exec(compile(block, str(page), "exec"), names)
+
+
 @pytest.mark.slow
 def test_the_benchmark_runs(tmp_path):
     """A tiny shape, once: contenders agree, and every row is there. Nothing about its times."""
