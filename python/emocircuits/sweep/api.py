@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from emocircuits.families import open_model
 from emocircuits.roles import prompt_roles
 from emocircuits.sweep import inputs
+from emocircuits.sweep.attribution.edges import EdgeMethod, sweep_edges
+from emocircuits.sweep.attribution.graph import EdgeResult
 from emocircuits.sweep.attribution.nodes import Method, estimates
 from emocircuits.sweep.collect import collect
 from emocircuits.sweep.combinations import Heads, sweep_combinations
@@ -281,6 +283,24 @@ class Sweep:
             NotImplementedError: patches drawn from other prompts.
         """
         return estimates(self, *self.target(target, groups), method, positions, layers, steps)
+
+    def edges(self, method: EdgeMethod = "eap-ig", steps: int = 5) -> EdgeResult:
+        """Scores of all edges between what writes the residual stream and what reads it, estimated from gradients.
+
+        Writers are the input, every head and every MLP; readers are queries, keys and values of every head, every MLP
+        and the logits. An edge carries the values of the other prompt in all columns. Of several pairs the mean.
+
+        Args:
+            method: "eap" (Syed et al. 2023): gradients of the base run. "eap-ig" (Hanna et al. 2024): averaged over
+                `steps` runs whose input goes from the base prompt's to the other's.
+            steps: of "eap-ig".
+
+        Raises:
+            NotImplementedError: the residual stream is not the sum of what heads and MLPs write (norms after attention,
+                scaled layers, features added between layers).
+            ValueError: a metric that autograd cannot follow.
+        """
+        return sweep_edges(self, method, steps)
 
     if not TYPE_CHECKING:
 

@@ -128,6 +128,7 @@ def differentiable(sweep: Sweep, edits: Mapping[tuple[str, int], Tensor] | None 
         _until(stack, sweep, stop, edit)
         with contextlib.suppress(_Read):
             handle.model(**{**inputs, "use_cache": False})
+        stack.close()  # reading runs the final norm, which may be where the model was stopped
         readout = _own(sweep.readout)
         columns = list(readout.columns)
         value = readout.value(readout.read(sites["resid_post", stop][0, columns])[None]).sum()
