@@ -77,6 +77,15 @@ def test_wrong_lines_do_not_hide_the_rest(tmp_path, records):
         report.require()
 
 
+def test_problems_come_in_the_order_of_the_lines(tmp_path, records):
+    (tmp_path / "0-sad.png").write_text("no picture")
+    records[1]["event"] = "too short."
+    records[2]["event"] = records[0]["event"]
+    del records[3]["licence"]
+    path = data_sets.write(tmp_path, [{"id": "x"}, *records, records[3] | {"id": "alone", "split": "evaluate"}])
+    assert [p.line for p in check(path).problems] == [1, 2, 3, 4, 5, 6, 0]
+
+
 def test_unlicensed_may_be_allowed_and_is_said(tmp_path, records):
     del records[1]["licence"]
     report = check(data_sets.write(tmp_path, records), allow_unlicensed=True)
@@ -209,6 +218,7 @@ def test_pixels_outside_the_mask(tmp_path, records):
     assert report.ok
     assert report.pictures["outside_mask"]["most"] == 0
     assert report.pictures["with_mask"] == 1
+    assert problems(tmp_path, with_mask, outside=0, tolerance=0) == []
 
     places = np.argwhere(~mask)[:: (~mask).sum() // 12][:10]
     moved = neutral.copy()
