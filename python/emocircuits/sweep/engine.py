@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from emocircuits.sweep.memory import SHARE, Demand, free, too_large
 from emocircuits.sweep.readout import Readout
 from emocircuits.sweep.resume import Decoder, Packed
 from emocircuits.sweep.targets import Entry, Target, Variant
@@ -40,11 +42,16 @@ def evaluate(
         at = 0
         while at < len(variants):
             end = run.chunk(variants, at, budget)
+            found = None
             try:
                 found = run.values(variants[at:end])
             except (torch.OutOfMemoryError, RuntimeError) as error:
-                if not _out_of_memory(error) or end - at == 1:
+                if not _out_of_memory(error):
                     raise
+                if end - at == 1:
+                    raise ValueError(too_large(sweep, variants[at])) from error
+            if found is None:
+                # Only here has the error let go of what the batch had computed.
                 run.forget()
                 budget = max(1, min(budget, sum(run.size(v) for v in variants[at:end])) // 2)
                 continue
@@ -67,12 +74,7 @@ def tokens(sweep: Sweep) -> int:
     device = sweep.base.layers[0].resid_pre.device
     if device.type != "cuda":
         return max(CPU_TOKENS, sweep.columns)
-    g = sweep.handle.geometry
-    width = 12 * g.d_model + 4 * max(g.neurons, g.d_model) + 3 * (g.heads + 2 * g.kv_heads) * g.head_dim
-    free, _ = torch.cuda.mem_get_info(device)
-    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    item = sweep.base.layers[0].resid_pre.element_size()
-    return max(sweep.columns, min(65536, (free + held) // 2 // (width * item)))
+    return max(sweep.columns, min(65536, int(SHARE * free(device)) // Demand.of(sweep).token))
 
 
 def _out_of_memory(error: BaseException) -> bool:
@@ -89,6 +91,8 @@ class Run:
         # Other values than the other prompt's differ from the first column on.
         self.start = sweep.first if sweep.patch_with == "clean" else 0
         self._entry: Entry | None = None
+        self.demand = Demand.of(sweep)
+        self.room = int(SHARE * free(sweep.readout.base.device)) or sys.maxsize
 
     def tokens(self) -> int:
         """Packed tokens of a batch."""
@@ -96,6 +100,8 @@ class Run:
 
     def forget(self) -> None:
         """Give memory back."""
+        self._entry = None
+        self.decoder.forget()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -126,14 +132,19 @@ class Run:
         """Where the batch that begins at ``at`` ends: variants of one layer, and one kind of entry."""
         end, used = at, 0
         head = variants[at]
+        last, same, widest = -1, 0, (0, 0)
         while end < len(variants):
             v = variants[end]
             size = self.size(v)
             if v.layer != head.layer or (v.column is None) != (head.column is None):
                 break
-            if used and used + size > budget:
+            # Variants of one size in a row are of the same columns.
+            same = same + 1 if size == last else 1
+            group = max(widest, (same * size, same if size else 0))
+            needed = self.demand.bytes(used + size, end - at + 1, group)
+            if used and (used + size > budget or needed > self.room):
                 break
-            used += size
+            used, widest, last = used + size, group, size
             end += 1
         return end
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from emocircuits.sweep import attend
+from emocircuits.sweep.prefix import after_shared
 from emocircuits.sweep.trace import LayerTrace, Trace
 
 
@@ -20,14 +21,8 @@ def own(record: LayerTrace, p: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q: ``[H, B, D]``, of the variants there.
         k, v: ``[H_kv, B, D]``.
     """
-    b = q.shape[1]
-    key, value = (
-        torch.cat([old[:, :, :p].expand(b, -1, -1, -1), new.transpose(0, 1)[:, :, None]], 2)
-        for old, new in ((record.k, k), (record.v, v))
-    )
-    z = attend.heads(
-        q.transpose(0, 1)[:, :, None], key, value, mask_rows(record, (p,), p + 1), record.scaling, record.softcap
-    )
+    query, key, value = (x.transpose(0, 1)[:, :, None] for x in (q, k, v))
+    z = after_shared(record, p, query, key, value, mask_rows(record, (p,), p + 1))
     return z.transpose(1, 2).flatten(2)
 
 

@@ -7,18 +7,22 @@ batch goes through, the patched activation of the layer that it enters, and noth
 
 from __future__ import annotations
 
+import dataclasses as dc
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from emocircuits.sweep.packed import available
 
+if TYPE_CHECKING:
+    from emocircuits.sweep.api import Sweep
+
 Where = Literal["auto", "device", "host"]
 WHERE = ("auto", "device", "host")
 SHARE = 0.5
-"""Of the free memory of a GPU, what activations may take; the rest is for batches."""
+"""Of the free memory of a GPU, what activations may take, and of the rest what a batch may take."""
 NAMES = ("resid_pre", "resid_post", "attention", "attn_out", "mlp", "mlp_out", "q", "k", "v", "z", "neurons")
 """Fields of a layer's trace that are moved; masks and arguments are small, shared between layers, and stay."""
 
@@ -134,3 +138,61 @@ def free(device: torch.device) -> int:
         return available()
     left, _ = torch.cuda.mem_get_info(device)
     return int(left) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+@dc.dataclass(frozen=True)
+class Demand:
+    """Bytes that a batch takes at its worst moment, beside weights and traces.
+
+    Attributes:
+        token: of each packed token. Either in the MLP (three times its width: gate, up and what leaves the activation),
+            or in attention (queries, keys and values before and after rotary embedding, head outputs, and one copy),
+            and the residual stream and its norms.
+        variant: of each variant of the largest group: groups attend one after the other, each to keys and values of the
+            whole prompt, which are put together for each variant.
+        score: of each packed token of that group: attention logits, where they are capped and so not fused.
+        read: of each variant, while the metric is read.
+    """
+
+    token: int
+    variant: int
+    score: int
+    read: int
+
+    @classmethod
+    def of(cls, sweep: Sweep) -> Demand:
+        """Of a sweep's model, prompts and metric."""
+        read, g = sweep.readout.base, sweep.handle.geometry
+        item, work = read.element_size(), 4
+        heads, shared = g.heads + 2 * g.kv_heads, 2 * g.kv_heads
+        if read.is_cuda and g.kv_heads != g.heads:
+            shared += 2 * g.heads
+        mlp = g.neurons or 8 * g.d_model
+        capped = any(r.softcap is not None for r in sweep.base.layers)
+        return cls(
+            token=item * (8 * g.d_model + max(3 * mlp, 4 * heads * g.head_dim)),
+            variant=item * sweep.columns * shared * g.head_dim,
+            score=3 * work * g.heads * sweep.columns if capped else 0,
+            read=read[0].numel() * (2 * item + 3 * work),
+        )
+
+    def bytes(self, tokens: int, variants: int, group: tuple[int, int]) -> int:
+        """Of a batch of so many tokens and variants, with so many tokens and variants in its largest group."""
+        inside = tokens * self.token + group[0] * self.score + group[1] * self.variant
+        return max(inside, variants * self.read)
+
+
+def too_large(sweep: Sweep, variant: Any) -> str:
+    """What to say when memory does not hold a single patch."""
+    device = sweep.readout.base.device
+    ways = ["shorter prompts"]
+    if device.type == "cuda":
+        ways.append("a model in half precision")
+        if sweep.activations != "host":
+            ways.append("activations='host'")
+    if sweep.metric.rows is None and sweep.metric.depth is None:
+        ways.append("a metric that reads few logits (logit_diff, log_prob)")
+    return (
+        f"{device} has no memory for one patch of layer {variant.layer} in a prompt of {sweep.columns} columns "
+        f"({free(device) / 2**30:.2g} GiB can be had); give it {', or '.join(ways)}"
+    )

@@ -18,6 +18,7 @@ from emocircuits.families import Handle
 from emocircuits.sweep import attend
 from emocircuits.sweep.attend import Call, replaced, taking
 from emocircuits.sweep.keys import later, mask_rows, others, own, reach, span
+from emocircuits.sweep.prefix import after_shared, plain
 from emocircuits.sweep.trace import LayerTrace, Trace, first
 
 Parts = Sequence[tuple[nn.Module, Callable[..., Any]]]
@@ -78,10 +79,24 @@ class Decoder:
         self.device = base.layers[0].resid_pre.device
         self._index: dict[tuple[Group, ...], Tensor] = {}
         self._without: dict[tuple[int, int, tuple[int, ...]], tuple[Tensor, Tensor]] = {}
+        self._plain: dict[int, bool] = {}
         self.queries = handle.parts("query")
         self.watch: Watch | None = None
         self.reach = reach(base)
         self.causal = self.reach == tuple(range(self.total))
+
+    def plain(self, record: LayerTrace) -> bool:
+        """Whether a layer's mask is the plain causal one; layers mostly share one."""
+        assert record.mask is not None
+        key = id(record.mask)
+        if key not in self._plain:
+            self._plain[key] = plain(record.mask)
+        return self._plain[key]
+
+    def forget(self) -> None:
+        """Give back what is kept from batch to batch."""
+        self._index.clear()
+        self._without.clear()
 
     def index(self, groups: tuple[Group, ...]) -> Tensor:
         """The column of every packed token."""
@@ -239,13 +254,11 @@ class Decoder:
             if not kept.size:
                 continue
             start, b = g.columns[0], g.count
-            query = qg.unflatten(1, (b, -1)).transpose(0, 1)
-            key, value = (
-                torch.cat([old[:, :, :start].expand(b, -1, -1, -1), new.unflatten(1, (b, -1)).transpose(0, 1)], 2)
-                for old, new in ((record.k, kg), (record.v, vg))
+            query, key, value = (x.unflatten(1, (b, -1)).transpose(0, 1) for x in (qg, kg, vg))
+            tail = kept.columns[0] == self.total - len(kept.columns)
+            z = after_shared(
+                record, start, query, key, value, mask_rows(record, kept.columns), tail and self.plain(record)
             )
-            mask = mask_rows(record, kept.columns)
-            z = attend.heads(query, key, value, mask, record.scaling, record.softcap)
             out.append(z.transpose(1, 2).reshape(kept.size, -1))
         return torch.cat(out)
 
