@@ -158,6 +158,8 @@ def changed(model, how):
             layer.self_attn.o_proj.weight.data[:, 3] = 0
         elif how == "tied":
             model.model.embed_tokens.weight[A] *= 2
+        elif how == "unembedding":
+            model.lm_head.weight.data[B] *= 2
         elif how == "loaded":
             model.load_state_dict(build("text", seed=1, dtype=torch.float64).state_dict())
         elif how == "dtype":
@@ -168,7 +170,7 @@ def changed(model, how):
             layer.mlp.down_proj = torch.nn.Linear(*layer.mlp.down_proj.weight.T.shape, bias=False).double().eval()
 
 
-@pytest.mark.parametrize("how", ["in place", "data", "tied", "loaded", "dtype", "training", "replaced"])
+@pytest.mark.parametrize("how", ["in place", "data", "tied", "unembedding", "loaded", "dtype", "training", "replaced"])
 def test_a_model_that_changed_since_its_sweep_was_made(how):
     model, clean, corrupt = pair("llama")
     model = copy.deepcopy(model)
@@ -176,13 +178,13 @@ def test_a_model_that_changed_since_its_sweep_was_made(how):
         model.lm_head.weight = model.model.embed_tokens.weight
     sweep = Sweep(model, clean, corrupt, METRIC, progress=False)
     before = sweep.heads(layers=[1]).values
-    kept = copy.deepcopy(model.state_dict())
+    kept = copy.deepcopy(model.model.layers.state_dict())
     changed(model, how)
     said = "in training mode" if how == "training" else "is not what it was when this sweep ran"
     with pytest.raises(ValueError, match=said):
         sweep.heads(layers=[1])
     if how in ("in place", "data", "training"):
-        model.eval().load_state_dict(kept)
+        model.eval().model.layers.load_state_dict(kept)
         assert torch.equal(sweep.heads(layers=[1]).values, before)
 
 
@@ -194,7 +196,8 @@ def test_small_and_odd_weights_are_seen():
     module.turned = torch.nn.Parameter(torch.arange(12.0).view(3, 4).T)
     module.eval().register_buffer("flags", torch.zeros(3, dtype=torch.bool))
     object.__setattr__(handle, "text", module)
-    weights = Weights(handle)
+    handle.__dict__["layers"] = [module]
+    weights = Weights(handle, None)
     weights.check()
     for name, index in (("odd", 6), ("turned", (3, 2)), ("flags", 1)):
         tensor = getattr(module, name)

@@ -159,7 +159,7 @@ class Sweep:
         for side, value in (("clean", self.clean), ("corrupt", self.corrupt)):
             if not math.isfinite(value):
                 raise ValueError(f"the metric of the {side} prompt is {value}: nothing can be measured with it")
-        self.weights = Weights(self.handle)
+        self.weights = Weights(self.handle, self.readout.kept)
         self.resampling = Resampling(self, resample, draws, seed) if resampled else None
 
     # ---- targets --------------------------------------------------------------------------------------

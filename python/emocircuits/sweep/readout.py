@@ -51,6 +51,11 @@ class Readout:
         self.reference = self.of(clean)
         self.base = self.of(base)
 
+    @property
+    def kept(self) -> tuple[Tensor, Tensor] | None:
+        """Rows of the unembedding's weight that are held, and their numbers; None where it runs as a whole."""
+        return None if self.weight is None or self.rows is None else (self.weight, self.rows)
+
     def of(self, run: Trace) -> Tensor:
         """What is read of a run, ``[1, columns, rows]``."""
         return self.read(run.layers[self.stop].resid_post[list(self.columns)])[None]

@@ -8,19 +8,22 @@ from torch import Tensor
 from emocircuits.families import Handle
 from emocircuits.patching import MARK
 
-Facts = tuple[torch.device, torch.dtype, tuple[int, ...]]
-
 
 class Weights:
     """The text decoder and the unembedding, as they are when this is made.
 
-    A sum over the bits of every weight: some hundredths of what a forward pass takes, and, unlike version counters, it
-    also sees what is written through ``.data``. It does not see rows that change places.
+    Of weights that patches run through, a sum over their bits: some hundredths of what a forward pass takes, and,
+    unlike version counters, it also sees what is written through ``.data``. It does not see rows that change places. Of
+    others (embeddings) the version counter.
+
+    Args:
+        handle: the model.
+        kept: rows of the unembedding's weight that the sweep holds, and their numbers; None where it runs as a whole.
     """
 
-    def __init__(self, handle: Handle) -> None:
-        self.handle, self.autocast = handle, _autocast(handle)
-        self.facts, self.sums = self._read()
+    def __init__(self, handle: Handle, kept: tuple[Tensor, Tensor] | None) -> None:
+        self.handle, self.kept, self.autocast = handle, kept, _autocast(handle)
+        self.facts = self._read()
 
     def check(self) -> None:
         """Refuse a model that has changed since.
@@ -34,9 +37,8 @@ class Weights:
             raise ValueError("the sweep ran the two prompts under another torch.autocast; make and use it under one")
         if any(m.training for m in self.handle.text.modules()):
             raise ValueError("the model is in training mode; call model.eval() before a sweep")
-        facts, sums = self._read()
+        facts = self._read()
         changed = [k for k in self.facts.keys() | facts.keys() if self.facts.get(k) != facts.get(k)]
-        changed = changed or [k for k, a, b in zip(facts, self.sums, sums, strict=True) if a != b]
         if changed:
             raise ValueError(
                 f"{min(changed)} is not what it was when this sweep ran the two prompts (weights, dtype or device); "
@@ -44,9 +46,11 @@ class Weights:
             )
 
     @torch.no_grad()
-    def _read(self) -> tuple[dict[str, Facts], list[int]]:
-        facts: dict[str, Facts] = {}
-        sums: list[Tensor] = []
+    def _read(self) -> dict[str, tuple[object, ...]]:
+        run = [*self.handle.layers, self.handle.norm, *([] if self.kept else [self.handle.unembed])]
+        summed = {id(t) for module in run for t in (*module.parameters(), *module.buffers())}
+        facts: dict[str, tuple[object, ...]] = {}
+        sums: dict[str, Tensor] = {}
         seen: set[tuple[int, tuple[int, ...]]] = set()
         for where, module in (("the text decoder's ", self.handle.text), ("the unembedding's ", self.handle.unembed)):
             for name, tensor in (*module.named_parameters(), *module.named_buffers()):
@@ -55,8 +59,22 @@ class Weights:
                     continue
                 seen.add(key)
                 facts[where + name] = (tensor.device, tensor.dtype, tuple(tensor.shape))
-                sums.append(_bits(tensor.detach()))
-        return facts, [int(s) for s in sums] if len({s.device for s in sums}) > 1 else torch.stack(sums).tolist()
+                if id(tensor) in summed:
+                    sums[where + name] = _bits(tensor.detach())
+                elif not tensor.is_inference():
+                    facts[where + name] += (tensor._version,)
+        if self.kept is not None:
+            weight, whole = self.kept[0], self.handle.unembed.weight
+            assert isinstance(whole, Tensor)
+            facts["the unembedding's rows"] = (
+                weight.device == whole.device and torch.equal(weight, whole[self.kept[1]]),
+            )
+        # One wait for the device, not one for every weight.
+        for device in {s.device for s in sums.values()}:
+            names = [k for k, s in sums.items() if s.device == device]
+            for name, total in zip(names, torch.stack([sums[k] for k in names]).tolist(), strict=True):
+                facts[name] += (total,)
+        return facts
 
 
 def refuse_patched(handle: Handle) -> None:
