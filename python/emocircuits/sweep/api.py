@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from emocircuits.sweep import inputs
 from emocircuits.sweep.attribution.edges import EdgeMethod, sweep_edges
 from emocircuits.sweep.attribution.graph import EdgeResult
 from emocircuits.sweep.attribution.nodes import Method, estimates
+from emocircuits.sweep.attribution.prescreen import Screen, screened
 from emocircuits.sweep.collect import collect
 from emocircuits.sweep.combinations import Heads, sweep_combinations
 from emocircuits.sweep.engine import Run as Runner
@@ -165,37 +166,53 @@ class Sweep:
     # ---- targets --------------------------------------------------------------------------------------
 
     @over_pairs
-    def heads(self, positions: Positions = "all", layers: Sequence[int] | None = None) -> SweepResult:
-        """Head outputs ``z``: axes [layer, head] for all positions at once, else [layer, pos, head]."""
-        return self._sweep(*self.target("heads"), positions, layers)
+    def heads(
+        self, positions: Positions = "all", layers: Sequence[int] | None = None, **screen: Unpack[Screen]
+    ) -> SweepResult:
+        """Head outputs ``z``: axes [layer, head] for all positions at once, else [layer, pos, head].
+
+        With ``prescreen="atp*"`` (or "atp", "ig") all patches are estimated, and the engine runs the ``confirm=64``
+        strongest of them and ``sample=32`` others, drawn at random: see :class:`.attribution.prescreen.Screen`. The
+        result's ``exact`` says which values are exact, ``meta["prescreen"]`` how good the estimates were. Residual,
+        attn_out, mlp_out, qkv and neurons take the same options.
+        """
+        return self._sweep(*self.target("heads"), positions, layers, **screen)
 
     @over_pairs
-    def residual(self, positions: Positions = "all", layers: Sequence[int] | None = None) -> SweepResult:
+    def residual(
+        self, positions: Positions = "all", layers: Sequence[int] | None = None, **screen: Unpack[Screen]
+    ) -> SweepResult:
         """The residual stream that enters a layer: [layer] or [layer, pos]."""
-        return self._sweep(*self.target("residual"), positions, layers)
+        return self._sweep(*self.target("residual"), positions, layers, **screen)
 
     @over_pairs
-    def attn_out(self, positions: Positions = "all", layers: Sequence[int] | None = None) -> SweepResult:
+    def attn_out(
+        self, positions: Positions = "all", layers: Sequence[int] | None = None, **screen: Unpack[Screen]
+    ) -> SweepResult:
         """What attention adds to the residual stream: [layer] or [layer, pos]."""
-        return self._sweep(*self.target("attn_out"), positions, layers)
+        return self._sweep(*self.target("attn_out"), positions, layers, **screen)
 
     @over_pairs
-    def mlp_out(self, positions: Positions = "all", layers: Sequence[int] | None = None) -> SweepResult:
+    def mlp_out(
+        self, positions: Positions = "all", layers: Sequence[int] | None = None, **screen: Unpack[Screen]
+    ) -> SweepResult:
         """What the MLP adds to the residual stream: [layer] or [layer, pos]."""
-        return self._sweep(*self.target("mlp_out"), positions, layers)
+        return self._sweep(*self.target("mlp_out"), positions, layers, **screen)
 
     @over_pairs
-    def qkv(self, positions: Positions = "all", layers: Sequence[int] | None = None) -> SweepResult:
+    def qkv(
+        self, positions: Positions = "all", layers: Sequence[int] | None = None, **screen: Unpack[Screen]
+    ) -> SweepResult:
         """Queries of a head, keys or values of a key-value head: [layer, qkv] or [layer, pos, qkv].
 
         They are patched as attention gets them, after rotary embedding; labels are "q0", ..., "k0", ..., "v0", ...
         """
-        return self._sweep(*self.target("qkv"), positions, layers)
+        return self._sweep(*self.target("qkv"), positions, layers, **screen)
 
     @over_pairs
     def neurons(
         self, groups: int | Sequence[Sequence[int]] = 16, positions: Positions = "all",
-        layers: Sequence[int] | None = None,
+        layers: Sequence[int] | None = None, **screen: Unpack[Screen],
     ) -> SweepResult:  # fmt: skip
         """Groups of neurons, patched together: [layer, group] or [layer, pos, group].
 
@@ -209,7 +226,7 @@ class Sweep:
             ValueError: a neuron that the MLP does not have, or more groups than neurons.
         """
         target, units = self.target("neurons", groups)
-        return self._sweep(target, units, positions, layers)
+        return self._sweep(target, units, positions, layers, **screen)
 
     @over_pairs
     def routes(
@@ -424,8 +441,13 @@ class Sweep:
         return forecast(shape, target.kind, variants, savings=DOES, rate=rate, cost=target.cost)
 
     def _sweep(
-        self, target: Target, units: Sequence[int | None], positions: Positions, layers: Sequence[int] | None
-    ) -> SweepResult:
+        self, target: Target, units: Sequence[int | None], positions: Positions, layers: Sequence[int] | None,
+        **screen: Unpack[Screen],
+    ) -> SweepResult:  # fmt: skip
+        if screen.get("prescreen") is not None:
+            return screened(self, target, units, positions, layers, screen)
+        if screen.keys() - {"prescreen"}:
+            raise ValueError("confirm, sample and sample_seed are of a prescreened sweep: name prescreen='atp*'")
         variants, axes, labels = self.variants(target, units, positions, layers)
         # A tensor that does not fit is refused before the first patch.
         values(target, self.source.layers[0], self.patch_with, self.real)

@@ -14,7 +14,7 @@ from emocircuits.sweep.results import SweepResult
 from emocircuits.sweep.store import Patch, Store
 
 V = TypeVar("V", bound=Patch)
-FIELDS = {"layer": "layer", "pos": "column", "draw": "draw"}
+FIELDS = {"layer": "layer", "pos": "column", "draw": "draw", "patch": "patch"}
 
 
 def collect(

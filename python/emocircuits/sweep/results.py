@@ -41,6 +41,8 @@ class SweepResult:
         pairs: of several pairs, ``values`` of each, ``[pairs, *values.shape]``; else None.
         baselines: of several pairs, clean and corrupt of each, ``[pairs, 2]``; else None.
         draws: where patches come from drawn prompts, ``values`` of each draw, ``[draws, *values.shape]``; else None.
+        exact: of a prescreened sweep, bool as ``values``: where the engine ran the patch (of several pairs, in all of
+            them); the others are estimates. None: all values are what their method gives.
     """
 
     values: Tensor
@@ -52,6 +54,7 @@ class SweepResult:
     pairs: Tensor | None = None
     baselines: Tensor | None = None
     draws: Tensor | None = None
+    exact: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.values.dtype != torch.float64 or self.values.device.type != "cpu":
@@ -141,7 +144,13 @@ class SweepResult:
         meta = {k: v for k, v in first.meta.items() if all(r.meta.get(k) == v for r in results)}
         if all(r.texts is not None for r in results):
             meta["texts"] = {"patched": [text for r in results for text in r.texts or []]}
-        return cls(pairs.mean(0), clean, corrupt, first.axes, labels, {**meta, "pairs": len(results)}, pairs, baselines)
+        exact = [r.exact for r in results if r.exact is not None]
+        if exact:
+            meta["prescreen"] = {"pairs": [r.meta.get("prescreen") for r in results]}
+        return cls(
+            pairs.mean(0), clean, corrupt, first.axes, labels, {**meta, "pairs": len(results)}, pairs, baselines,
+            exact=torch.stack(exact).all(0) if exact else None,
+        )  # fmt: skip
 
     def interval(
         self, of: Literal["effects", "values"] = "effects", *, seed: int = 0, resamples: int = 2000
@@ -242,6 +251,8 @@ class SweepResult:
             columns[axis] = [self.labels[axis][i] for i in index]
             for extra in self._extra(axis):
                 columns[extra] = [self.labels[extra][i] for i in index]
+        if self.exact is not None:
+            columns["exact"] = self.exact.flatten().numpy()
         columns["value"] = self.values.flatten().numpy()
         columns["effect"] = self.effects.flatten().numpy() if self.measurable else np.nan
         if self.sampled and self.measurable:
@@ -259,9 +270,14 @@ class SweepResult:
         """The ``n`` patches that move the metric most, strongest first: axes, value, effect (None without one).
 
         Several pairs or draws also give ``effect_low`` and ``effect_high``, generated metrics of one pair ``text``.
+        Of a prescreened sweep those that were run come first, and ``exact`` says which are.
         """
         moved = (self.values - self.base).abs().flatten().nan_to_num(-1.0)
-        order = moved.argsort(descending=True, stable=True)[:n]
+        order = moved.argsort(descending=True, stable=True)
+        if self.exact is not None:
+            # What was only estimated comes after all that was run.
+            order = order[self.exact.flatten()[order].logical_not().int().argsort(stable=True)]
+        order = order[:n]
         found = []
         for flat in order.tolist():
             where = np.unravel_index(flat, tuple(self.values.shape))
@@ -270,6 +286,9 @@ class SweepResult:
             found.append(
                 place | {"value": value, "effect": (value - self.corrupt) / self.gap if self.measurable else None}
             )
+        if self.exact is not None:
+            for place, flat in zip(found, order.tolist(), strict=True):
+                place["exact"] = bool(self.exact.flatten()[flat])
         if self.texts is not None and len(self.texts) == self.values.numel():
             for place, flat in zip(found, order.tolist(), strict=True):
                 place["text"] = self.texts[flat]
@@ -306,6 +325,7 @@ class SweepResult:
         folder = Path(folder)
         tensors = {
             "values": self.values, "pairs": self.pairs, "baselines": self.baselines, "draws": self.draws,
+            "exact": self.exact,
         }  # fmt: skip
         data = save({k: v.contiguous() for k, v in tensors.items() if v is not None})
         name = f"values-{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
@@ -342,7 +362,7 @@ class SweepResult:
         clean, corrupt = (float("nan") if record[k] is None else float(record[k]) for k in ("clean", "corrupt"))
         return cls(
             tensors["values"], clean, corrupt, tuple(record["axes"]), record["labels"], record["meta"],
-            tensors.get("pairs"), tensors.get("baselines"), tensors.get("draws"),
+            tensors.get("pairs"), tensors.get("baselines"), tensors.get("draws"), tensors.get("exact"),
         )  # fmt: skip
 
     def __repr__(self) -> str:
