@@ -11,12 +11,13 @@ import torch
 
 from emocircuits.environment import provenance
 from emocircuits.sweep import Sweep, command_targets
+from emocircuits.sweep.generated import contains, generated
 from emocircuits.sweep.metrics import kl, log_prob, logit_diff
 from emocircuits.sweep.pairs import Prepared, prepare, read_pairs
 from emocircuits.sweep.results import SweepResult
 from emocircuits.sweep.targets import KINDS
 
-METRICS = ("logit_diff", "log_prob", "kl")
+METRICS = ("logit_diff", "log_prob", "kl", "generated")
 EPILOG = """\
 A pairs file holds one JSON object a line: {"clean": "...", "corrupt": "...", "answer": "...", "wrong": "..."}, two
 prompts of as many tokens each, the answer of the clean one and that of the corrupt one; with "clean_image" and
@@ -36,7 +37,12 @@ def options(parser: argparse.ArgumentParser) -> None:
         "--positions", default="all", metavar="WHICH",
         help="all at once (default), each, a role (system, visual, query, last), or columns such as 3,5,-1",
     )  # fmt: skip
-    parser.add_argument("--metric", choices=METRICS, default="logit_diff", help="read at the last position")
+    parser.add_argument(
+        "--metric", choices=METRICS, default="logit_diff",
+        help="read at the last position; generated: 1 where what the model goes on to say has one of --words, else 0",
+    )  # fmt: skip
+    parser.add_argument("--words", metavar="LIST", help="of --metric generated, comma-separated (default the answer)")
+    parser.add_argument("--limit", type=int, metavar="N", help="tokens that are generated at most (default 16)")
     parser.add_argument(
         "--direction", choices=("denoise", "noise"), default="denoise", help="clean into corrupt, or back"
     )
@@ -55,7 +61,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.out is not None and args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {args.out}: is a file; name a folder")
     command_targets.check(args)
-    for name in ("groups", "batch"):
+    for name in ("words", "limit"):
+        if getattr(args, name) is not None and args.metric != "generated":
+            raise ValueError(f"--{name} is for --metric generated, not {args.metric}")
+    if args.words is not None:
+        contains(args.words.split(","))
+    for name in ("groups", "batch", "limit"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}: expected at least 1")
     positions, layers = _positions(args.positions), _layers(args.layers)
@@ -68,7 +79,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     _same_length(prepared, positions, args.pairs)
     sweep = Sweep(
         model, clean=[p.clean for p in prepared], corrupt=[p.corrupt for p in prepared],
-        metric=[_metric(args.metric, p) for p in prepared], direction=args.direction, patch_with=args.patch_with,
+        metric=[_metric(args, p, processor) for p in prepared], direction=args.direction, patch_with=args.patch_with,
         batch=args.batch, out=args.out, progress=not args.json,
     )  # fmt: skip
     mean = command_targets.table(sweep, args, positions, layers)
@@ -94,6 +105,8 @@ def report(result: SweepResult, args: argparse.Namespace, ids: list[str]) -> dic
         "effects": None if effects is None else _json(effects), "top": result.top(10), "command": args.command_line,
         **provenance(str(args.device or "")),
     }  # fmt: skip
+    if "texts" in result.meta:
+        record["texts"] = result.meta["texts"]
     if effects is not None and result.pairs is not None:
         low, high = result.interval()
         record["effects_low"], record["effects_high"] = _json(low), _json(high)
@@ -121,13 +134,20 @@ def text(record: dict[str, Any]) -> str:
         for place in record["top"]
     ]
     widths = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
-    lines += ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in [head, *rows]]
+    found = ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in [head, *rows]]
+    said = ["", *(f"  {place['text']!r}" if "text" in place else "" for place in record["top"])]
+    lines += [a + b for a, b in zip(found, said, strict=True)]
+    lines += [f"{side} says {said!r}" for side, said in record.get("texts", {}).items() if side != "patched"]
     if "written" in record:
         lines.append("written: " + "  ".join(record["written"]))
     return "\n".join(lines)
 
 
-def _metric(name: str, pair: Prepared) -> Any:
+def _metric(args: argparse.Namespace, pair: Prepared, processor: Any) -> Any:
+    name = args.metric
+    if name == "generated":
+        words = [pair.pair.answer] if args.words is None else args.words.split(",")
+        return generated(contains(words), limit=16 if args.limit is None else args.limit, tokenizer=processor)
     if name == "logit_diff":
         assert pair.wrong is not None
         return logit_diff(pair.answer, pair.wrong)
