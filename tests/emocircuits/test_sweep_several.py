@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import functools
+import weakref
 
 import numpy as np
 import pytest
 import sweep_oracle as oracle
 import torch
-from models import prompt
+from models import IMAGE, prompt
 from test_sweep_engine import HEADS, A, B, agree, difference, pair
 
 from emocircuits.scoring.statistics import intervals
-from emocircuits.sweep import Sweep, SweepResult, log_prob, logit_diff, progress
+from emocircuits.sweep import Sweep, SweepResult, api, log_prob, logit_diff, progress
 from emocircuits.sweep.targets import Target
 
 
@@ -44,10 +45,12 @@ def expected(model, clean, corrupt, target, metrics, positions, units):
 def test_the_mean_is_that_of_hook_loops(kind):
     model, clean, corrupt = pairs(kind)
     sweep = Sweep(model, clean=clean, corrupt=corrupt, metric=logit_diff(A, B), progress=False)
-    for target, positions in (("heads", "all"), ("residual", "last"), ("heads", [-1])):
+    places = [("heads", "all"), ("residual", "last"), ("heads", [-1])]
+    for target, positions in places + ([("residual", "visual")] if kind == "llava" else []):
         units = HEADS if target == "heads" else None
         found = getattr(sweep, target)(positions=positions)
-        at = [-1] if positions == "last" else positions
+        image = (corrupt[0]["input_ids"][0] == IMAGE).nonzero().flatten().tolist()
+        at = {"last": [-1], "visual": image}.get(str(positions), positions)
         truth = expected(model, clean, corrupt, target, [difference] * 3, at, units)
         agree(found.pairs, truth, 1e-10)
         agree(found.values, truth.mean(0), 1e-10)
@@ -151,19 +154,24 @@ def test_one_forecast_and_one_bar(capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_what_is_kept_in_memory_is_one_pair():
-    model, clean, corrupt = pairs("llama")
+def test_what_is_kept_in_memory_is_one_pair(monkeypatch):
+    model, clean, corrupt = pairs("llama", (7, 9, 12))
+    made, most = [], []
+    real = api.trace
+
+    def trace(*arguments, **more):
+        most.append(sum(run() is not None for run in made))
+        found = real(*arguments, **more)
+        made.append(weakref.ref(found[0]))
+        return found
+
+    monkeypatch.setattr(api, "trace", trace)
     sweep = Sweep(model, clean, corrupt, logit_diff(A, B), progress=False)
-    runs = []
-    hook = model.model.embed_tokens.register_forward_hook(lambda *_: runs.append(1))
-    try:
-        with pytest.raises(ValueError, match=r"pair 3 of 3: .*forward hook"):
-            sweep.heads()
-    finally:
-        hook.remove()
+    sweep.heads()
+    assert len(most) >= 2 * 3 * 2, "each prompt when the sweep is made, and when it is swept"
+    assert max(most) == 1, "the clean run of a pair while its corrupt one is made, and no others"
     assert sweep.several is not None
     assert sweep.several.sweep(1) is sweep.several.sweep(1)
-    assert sweep.several.sweep(1) is not sweep.several.sweep(0)
 
 
 def test_a_result_of_a_mean_is_what_results_are_good_for(tmp_path):

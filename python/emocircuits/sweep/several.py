@@ -143,6 +143,7 @@ class Several:
             one = self.sweep(i)
             both.append((one.clean, one.corrupt))
             self._alike.append(_alike(one))
+            del one  # else it is still there while the next one is made
         clean, corrupt = torch.tensor(both, dtype=torch.float64).mean(0).tolist()
         self.baselines: tuple[float, float] = (clean, corrupt)
         self.identity = hashlib.sha256(" ".join(self._hashes.values()).encode()).hexdigest()
@@ -214,9 +215,11 @@ class Several:
                     results[i] = method(one, *args, **more)
                     known[self._alike[i]] = progress.Planned(results[i], 1.0), telling.forecasts
                 except progress.Planned as planned:
-                    known[self._alike[i]] = planned, telling.forecasts
+                    # Its traceback would keep the sweep, with all activations.
+                    known[self._alike[i]] = planned.with_traceback(None), telling.forecasts
                 finally:
                     one.progress = False
+                    del one
         forecasts = [f for alike in self._alike for f in known[alike][1]]
         if forecasts and self.progress:
             clean = self.pairs[0][0]
