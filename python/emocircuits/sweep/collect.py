@@ -68,7 +68,8 @@ def collect(
             heard = {} if said is None else {i: said(variants[i]) for i in chunk}
             texts |= heard
             if store is not None:
-                store.add(new, heard)
+                store.texts |= heard
+                store.add(new)
             bar.add(sum(weights[i] for i in chunk), len(chunk))
     missing = len(variants) - len(done)
     if missing:

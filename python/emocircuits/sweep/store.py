@@ -43,7 +43,7 @@ class Store:
 
     Attributes:
         done: values on disk, by number of the variant.
-        texts: what generated values are scores of.
+        texts: what generated values are scores of; those of new values are set before :meth:`add`.
 
     Raises:
         ValueError: the folder holds another sweep (the message says what differs), or shards that cannot be read.
@@ -99,9 +99,8 @@ class Store:
         finally:
             self._unlock()
 
-    def add(self, values: Iterable[tuple[int, float]], texts: Mapping[int, Any] | None = None) -> None:
+    def add(self, values: Iterable[tuple[int, float]]) -> None:
         """Take values by number of the variant; they are on disk after :attr:`seconds`, or after :meth:`flush`."""
-        self.texts |= texts or {}
         for index, value in values:
             if index in self.done:
                 raise ValueError(f"variant {index} was computed twice")
