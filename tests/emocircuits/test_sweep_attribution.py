@@ -14,6 +14,7 @@ from transformers.models.llama import modeling_llama
 from transformers.models.qwen2 import modeling_qwen2
 
 from emocircuits.sweep import Sweep, kl, log_prob, logit_diff, projection
+from emocircuits.sweep.generated import generated
 
 
 @pytest.fixture(autouse=True)
@@ -258,6 +259,9 @@ def test_refusals():
     for metric in (lambda x: float(x[0, -1, A] - x[0, -1, B]), lambda x: (x[0, -1] - x[0, -1, A]).argmax()):
         with pytest.raises(ValueError, match="not differentiable"):
             Sweep(model, clean, corrupt, metric, progress=False).attribute()
+    said = Sweep(model, clean, corrupt, generated(len, limit=2), progress=False)
+    with pytest.raises(ValueError, match="is not differentiable"):
+        said.attribute()
     options = dict(direction="noise", patch_with="resample", resample=[clean], progress=False)
     drawn = Sweep(model, clean, corrupt, logit_diff(A, B), **options)
     with pytest.raises(NotImplementedError, match="drawn from other prompts"):

@@ -80,3 +80,26 @@ def test_refusals(capsys, folder, options, told):  # noqa: F811
     assert (code, printed) == (2, "")
     assert told in err
     assert err.splitlines()[-1].startswith("emocircuits: ")
+
+
+def test_prescreened(capsys, folder, sweep):  # noqa: F811
+    command = ("--pairs", folder / "one.jsonl", "--positions", "visual", "--prescreen", "atp*", "--confirm", "5")
+    code, printed, err = run(capsys, *command, "--sample", "7", "--json")
+    assert code == 0, err
+    record = json.loads(printed)
+    found = sweep.heads(positions="visual", prescreen="atp*", confirm=5, sample=7)
+    assert record["exact"] == found.exact.tolist()
+    assert torch.allclose(torch.tensor(record["values"], dtype=torch.float64), found.values, atol=1e-4)
+    assert record["prescreen"]["confirmed"] == 5
+    assert all(place["exact"] for place in record["top"])
+    code, printed, err = run(capsys, *command)
+    assert code == 0, err
+    assert "the 5 strongest run exactly; of 32 others" in printed
+    for more, match in (
+        (("--confirm", "3"), "expected --prescreen"),
+        (("--prescreen", "atp", "--sample", "-1"), "at least 0"),
+        (("--prescreen", "atp", "--target", "routes"), "--prescreen is for"),
+    ):
+        code, printed, err = run(capsys, "--pairs", folder / "one.jsonl", *more)
+        assert code == 2
+        assert match in err

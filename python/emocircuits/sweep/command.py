@@ -121,6 +121,7 @@ def text(record: dict[str, Any]) -> str:
     ]
     if record["effects"] is None:
         lines.append("the two prompts do not differ in this metric: there are no effects, only values")
+    lines += command_targets.lines(record)
     axes = record["axes"]
     sampled = bool(record["top"]) and "effect_low" in record["top"][0]
     head = [*axes, "value", "effect", *(["95 %"] if sampled else [])]

@@ -1,4 +1,4 @@
-"""What ``emocircuits sweep`` takes for routes and for sets of heads."""
+"""What ``emocircuits sweep`` takes for routes, for sets of heads, and to prescreen the other targets."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 from emocircuits.edits.heads import READINGS
 from emocircuits.sweep import Sweep, SweepResult, interaction
+from emocircuits.sweep.attribution.nodes import METHODS
+from emocircuits.sweep.targets import KINDS
 
 TARGETS = ("routes", "combinations")
 OPTIONS = {"groups": "neurons", **dict.fromkeys(("edit", "by", "reading", "routes", "edited"), "routes")}
@@ -26,6 +28,10 @@ def options(parser: argparse.ArgumentParser) -> None:
     sets.add_argument("--heads", metavar="LIST", help="layer.head, such as 3.1,4.7 (default the strongest, by a sweep)")
     sets.add_argument("--top", type=int, metavar="N", help="how many of the strongest (default 10)")
     sets.add_argument("--size", type=int, metavar="N", help="heads in a set (default 2)")
+    screen = parser.add_argument_group("prescreening: all patches estimated from gradients, the strongest run exactly")
+    screen.add_argument("--prescreen", choices=METHODS, help="how patches are estimated (default: all are run)")
+    screen.add_argument("--confirm", type=int, metavar="N", help="how many of the strongest are run (default 64)")
+    screen.add_argument("--sample", type=int, metavar="N", help="how many others are run as a check (default 32)")
 
 
 def check(args: argparse.Namespace) -> None:
@@ -49,6 +55,12 @@ def check(args: argparse.Namespace) -> None:
         _routes(args.routes)
     if args.heads is not None:
         _heads(args.heads)
+    if args.prescreen is not None and args.target not in KINDS:
+        raise ValueError(f"--prescreen is for --target {', '.join(KINDS)}, not {args.target}")
+    for name, least in (("confirm", 1), ("sample", 0)):
+        given = getattr(args, name)
+        if given is not None and (args.prescreen is None or given < least):
+            raise ValueError(f"--{name} {given}: expected --prescreen with it, and at least {least}")
     for name in ("top", "size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}: expected at least 1")
@@ -68,16 +80,34 @@ def table(
         # With the single heads, which interactions are measured from.
         sizes = sorted({1, args.size or 2})
         return sweep.combinations(heads, size=sizes, positions=positions, top=args.top or 10)
-    groups = {"groups": args.groups or 16} if args.target == "neurons" else {}
-    found = getattr(sweep, args.target)(positions=positions, layers=layers, **groups)
+    more: dict[str, Any] = {"groups": args.groups or 16} if args.target == "neurons" else {}
+    more |= {k: getattr(args, k) for k in ("prescreen", "confirm", "sample") if getattr(args, k) is not None}
+    found = getattr(sweep, args.target)(positions=positions, layers=layers, **more)
     return found
 
 
 def more(result: SweepResult) -> dict[str, Any]:
-    """What else is reported: of sets of heads their interaction, in units of the metric where there are no effects."""
+    """What else is reported: of sets of heads their interaction, in units of the metric where there are no effects.
+
+    Of a prescreened sweep which values are exact, and how good the estimates were.
+    """
+    if result.exact is not None:
+        return {"exact": result.exact.tolist(), "prescreen": result.meta["prescreen"]}
     if "combination" not in result.axes:
         return {}
     return {"interaction": interaction(result, result, of="effects" if result.measurable else "values").tolist()}
+
+
+def lines(record: dict[str, Any]) -> list[str]:
+    """What is printed of it: how a prescreen fared, over all pairs."""
+    if "prescreen" not in record:
+        return []
+    told = record["prescreen"].get("pairs") or [record["prescreen"]]
+    counts = {k: sum(report[k] for report in told) for k in ("patches", "confirmed", "sampled", "misses")}
+    return [
+        f"{told[0]['method']}: {counts['patches']} patches estimated, the {counts['confirmed']} strongest run exactly; "
+        f"of {counts['sampled']} others run as a check {counts['misses']} beat the weakest of these"
+    ]
 
 
 def _routes(given: str) -> list[tuple[str, str]]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from emocircuits.sweep import attend
+from emocircuits.sweep.generated import Continuation
 from emocircuits.sweep.readout import Readout
 from emocircuits.sweep.trace import first, refuse_hooks
 
@@ -103,6 +104,10 @@ def differentiable(sweep: Sweep, edits: Mapping[tuple[str, int], Tensor] | None 
     """
     handle = sweep.handle
     refuse_hooks(handle)
+    if isinstance(sweep.readout, Continuation):
+        raise ValueError(
+            "what a model generates is not differentiable: attribution needs a metric of the prompt's logits"
+        )
     if any(p.is_inference() for p in handle.model.parameters()):
         raise ValueError("the model was made in inference mode, so autograd cannot run it; load it outside of that")
     stop = sweep.readout.stop
