@@ -275,7 +275,7 @@ def patched(
     for read, layers in parts:
         metrics = [_metric(subject, steering, e, read, reads, pooled) for e in pairs.emotions]
         sweep = Sweep(subject.model, clean=sides[0], corrupt=sides[1], metric=metrics, progress=progress)
-        more = {"prescreen": prescreen, "confirm": confirm} if prescreen else {}
+        more: dict[str, Any] = {"prescreen": prescreen, "confirm": confirm} if prescreen else {}
         result = sweep.heads("all" if rows == "all" else [-1], layers=list(layers), **more)
         values, baselines = result.pairs, result.baselines
         if values is None or baselines is None:  # one pair
