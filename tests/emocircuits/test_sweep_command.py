@@ -1,6 +1,8 @@
 """``emocircuits sweep``, the one-liners, and the page: end to end, against a plain hook loop."""
 
+import argparse
 import json
+import math
 import re
 import subprocess
 import sys
@@ -14,7 +16,7 @@ import torch
 from emocircuits import embedded
 from emocircuits.cli import main
 from emocircuits.embedded import faces, language
-from emocircuits.sweep import Sweep, SweepResult, api, compat, logit_diff
+from emocircuits.sweep import Sweep, SweepResult, api, command, compat, logit_diff
 
 EVENT = language.prompt("my mom said that the report is ready.") + " i feel"
 PAGE = Path(__file__).parents[2] / "docs" / "sweep.md"
@@ -276,6 +278,21 @@ def test_the_code_of_the_page_runs(capsys):
     example = re.search(r"```json\n(.*?)```", text, re.DOTALL)
     assert example is not None
     assert json.loads(example[1])["answer"] == "happy"
+
+
+def test_values_that_are_not_finite_are_null_in_json():
+    table = torch.tensor([[1.0, math.nan], [2.0, math.inf]], dtype=torch.float64)
+    labels = {"layer": [0, 1], "head": [0, 1]}
+    meta = {"target": "heads", "direction": "denoise", "patch_with": "clean"}
+    result = SweepResult(table, 3.0, 1.0, ("layer", "head"), labels, meta)
+    for r in (result, SweepResult.mean([result, result])):
+        args = argparse.Namespace(
+            model="m", target="heads", positions="all", metric="kl", direction="denoise", patch_with="clean",
+            command_line="", device=None,
+        )  # fmt: skip
+        record = command.report(r, args, ["a"])
+        assert json.loads(json.dumps(record, allow_nan=False))["values"] == [[1.0, None], [2.0, None]]
+        assert len(command.text(record).splitlines()) == 6
 
 
 @pytest.mark.parametrize("page", sorted(PAGE.parent.glob("sweep-*.md")), ids=lambda page: page.stem)

@@ -103,9 +103,11 @@ def intervals(
     step = 4096  # ratios at a time: resamples x step numbers are in memory
     for start in range(0, flat.shape[1], step):
         part = slice(start, start + step)
-        ratios = counts @ flat[:, part] / below
-        if less is not None:
-            ratios -= counts @ other[:, part] / beneath
-        bounds[:, part] = np.percentile(ratios, [2.5, 97.5], axis=0)
+        # What is not finite in one group has no interval.
+        with np.errstate(invalid="ignore"):
+            ratios = counts @ flat[:, part] / below
+            if less is not None:
+                ratios -= counts @ other[:, part] / beneath
+            bounds[:, part] = np.percentile(ratios, [2.5, 97.5], axis=0)
     shape = np.shape(sums)[1:]
     return bounds[0].reshape(shape), bounds[1].reshape(shape)

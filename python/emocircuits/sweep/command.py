@@ -102,8 +102,8 @@ def report(result: SweepResult, args: argparse.Namespace, ids: list[str]) -> dic
         "model": args.model, "target": args.target, "positions": args.positions, "metric": args.metric,
         **{k: result.meta[k] for k in ("direction", "patch_with")}, "pairs": ids, "clean": result.clean,
         "corrupt": result.corrupt, "axes": list(result.axes), "labels": result.labels, "values": _json(result.values),
-        "effects": None if effects is None else _json(effects), "top": result.top(10), "command": args.command_line,
-        **provenance(str(args.device or "")),
+        "effects": None if effects is None else _json(effects), "top": _finite(result.top(10)),
+        "command": args.command_line, **provenance(str(args.device or "")),
     }  # fmt: skip
     if "texts" in result.meta:
         record["texts"] = result.meta["texts"]
@@ -128,9 +128,9 @@ def text(record: dict[str, Any]) -> str:
     rows = [
         [
             *(str(place[a]) for a in axes),
-            f"{place['value']:.4g}",
-            "" if place["effect"] is None else f"{place['effect']:+.3f}",
-            *([f"[{place['effect_low']:+.3f}, {place['effect_high']:+.3f}]"] if sampled else []),
+            _shown(place["value"], ".4g"),
+            _shown(place["effect"], "+.3f"),
+            *([f"[{', '.join(_shown(place[f'effect_{k}'], '+.3f') for k in ('low', 'high'))}]"] if sampled else []),
         ]
         for place in record["top"]
     ]
@@ -194,6 +194,10 @@ def _same_length(prepared: list[Prepared], positions: str | list[int], path: Pat
         )
 
 
+def _shown(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
 def _json(values: torch.Tensor) -> Any:
     """Nested lists; NaN becomes None."""
     return values.tolist() if bool(values.isfinite().all()) else _finite(values.tolist())
@@ -202,4 +206,6 @@ def _json(values: torch.Tensor) -> Any:
 def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(v) for v in value]
-    return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
