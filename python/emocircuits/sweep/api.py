@@ -410,6 +410,10 @@ class Sweep:
             )  # fmt: skip
             if not found:
                 raise ValueError(f"no token of the prompt is {role.name}")
+            if found != there:
+                raise ValueError(
+                    f"{role.name} is in other columns of the clean prompt than of the corrupt one; name columns"
+                )
             return found
         columns = [int(p) for p in positions]
         wrong = [c for c in columns if not -self.columns <= c < self.columns]
@@ -430,10 +434,6 @@ class Sweep:
         """
         rows = self.metric.rows
         shape = Shape.of(
-            if found != there:
-                raise ValueError(
-                    f"{role.name} is in other columns of the clean prompt than of the corrupt one; name columns"
-                )
             self.handle, self.columns, first=self.first if self.patch_with == "clean" else 0,
             reads=self.readout.columns, rows=None if rows is None else len(rows), images=images,
             generated=getattr(self.metric, "limit", 0),
