@@ -34,6 +34,8 @@ from emocircuits.sweep.results import SweepResult
 from emocircuits.sweep.routes import Run, sweep_routes
 from emocircuits.sweep.several import Several, one_or_several, over_pairs
 from emocircuits.sweep.stale import Weights, refuse_patched
+from emocircuits.sweep.steering import Reading as Added
+from emocircuits.sweep.steering import Rows, Vectors, sweep_steering
 from emocircuits.sweep.store import Store, open_store
 from emocircuits.sweep.targets import (
     KINDS,
@@ -275,6 +277,33 @@ class Sweep:
             ValueError: a head that is not there, or more patches than `limit`.
         """
         return sweep_combinations(self, heads, size, positions, top, limit)
+
+    @over_pairs
+    def steering(
+        self, vectors: Vectors, layers: Sequence[int] | None = None, alphas: Sequence[float] = (0.1, 0.5, 1.0),
+        rows: Rows = "all", reading: Added = "raw",
+    ) -> SweepResult:  # fmt: skip
+        """``h + alpha * S[l]`` where the residual stream leaves a layer: [layer, alpha], or [vector, layer, alpha].
+
+        The run that is patched is steered (the corrupt one, unless `direction` is "noise"), and nothing comes from the
+        other prompt but its baseline. Each cell is what a model patched with
+        :class:`~emocircuits.edits.AddVector` gives.
+
+        Args:
+            vectors: S, ``[layers, d_model]`` with a vector for every layer of the model, ``[vectors, layers,
+                d_model]``, or a dict of the former by name; used in float32.
+            layers: all by default.
+            alphas: strengths.
+            rows: that are steered: "all", of the prompt and what is generated after it, "prompt", or "last", the last
+                one of the prompt.
+            reading: "raw"; "relative": ``h + alpha * |h| * S/|S|``; "norm-preserving": ``h + alpha * S``, scaled back
+                to the length of h.
+
+        Raises:
+            TypeError, ValueError: vectors of another size or not finite, a zero vector that should be a direction, or
+                strengths twice.
+        """
+        return sweep_steering(self, vectors, layers, alphas, rows, reading)
 
     @over_pairs
     def attribute(

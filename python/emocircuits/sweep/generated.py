@@ -246,8 +246,8 @@ class GeneratingRun(Run):
         prompt = self.readout.prompts[side]
         # Let go of while the cache takes them.
         cache = prompt.cache(*([filled[i].pop(0) for i in range(len(layers))] for _ in range(2)))
-        with self.sweep.products:
-            for i, ids in zip(todo, decode(prompt, cache, torch.cat(logits)), strict=True):
+        with self.sweep.products, self.target.steps(self.sweep, chosen, cache) as keep:
+            for i, ids in zip(todo, decode(prompt, cache, torch.cat(logits), keep), strict=True):
                 self.readout.said[variants[i]], found[i] = self.readout.scored(ids)
         return found
 

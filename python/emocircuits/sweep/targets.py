@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses as dc
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -17,6 +18,8 @@ from emocircuits.sweep.resume import Decoder, Group, Packed
 from emocircuits.sweep.trace import LayerTrace, Trace
 
 if TYPE_CHECKING:
+    from transformers import DynamicCache
+
     from emocircuits.sweep.api import Sweep
     from emocircuits.sweep.planner import Work
 
@@ -66,6 +69,15 @@ class Target:
         """How variants enter at a layer."""
         patched = values(self, sweep.source.layers[layer], sweep.patch_with, sweep.real)
         return Entry(sweep.handle, decoder, self, layer, patched)
+
+    def steps(
+        self, sweep: Sweep, variants: Sequence[Variant], cache: DynamicCache
+    ) -> contextlib.AbstractContextManager[Callable[[Tensor], None] | None]:
+        """What the patches do while their texts are decoded, from the filled cache: nothing.
+
+        The context gives what is told of the rows that go on (:func:`~.decoding.decode`).
+        """
+        return contextlib.nullcontext()
 
     def cost(self, work: Work, variant: Variant) -> int:
         """FLOPs of a variant; 0 where it provably changes nothing that is read."""
