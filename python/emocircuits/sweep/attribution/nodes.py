@@ -7,7 +7,7 @@ patched with.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -68,8 +68,13 @@ def estimates(
 def _first_order(sweep: Sweep, target: Target, layers: Sequence[int], each: bool, star: bool) -> dict[int, Tensor]:
     """By layer the estimates ``[T or 1, units]`` of one column at a time, or of all at once."""
     graph = differentiable(sweep)
-    deltas = {l: _delta(sweep, target, l) for l in layers}
-    plain = {l: _dotted(target, deltas[l], g, each) for l, g in _gradients(graph, target, layers, None).items()}
+
+    def dotted(drop: int | None) -> Iterator[tuple[int, Tensor]]:
+        # Changes are made when they are needed: all layers of them would be as much again as both runs.
+        for l, g in _gradients(graph, target, layers, drop).items():
+            yield l, _dotted(target, _delta(sweep, target, l), g, each)
+
+    plain = dict(dotted(None))
     if not star:
         return plain
     drops = list(range(sweep.readout.stop + 1))
@@ -79,10 +84,10 @@ def _first_order(sweep: Sweep, target: Target, layers: Sequence[int], each: bool
     for drop in (None, *drops):
         if target.kind == "qkv":
             for l, g in zip(layers, graph.gradients([("z", l) for l in layers], drop), strict=True):
-                heads[l].append(g[0])
+                heads[l].append(g[0].cpu())
         if drop is not None:
-            for l, g in _gradients(graph, target, layers, drop).items():
-                sums[l] += _dotted(target, deltas[l], g, each).abs()
+            for l, found in dotted(drop):
+                sums[l] += found.abs()
     if target.kind == "qkv":
         for l in layers:
             exact = fixed(sweep.base.layers[l], _patched(sweep, target, l), torch.stack(heads.pop(l)), each)
@@ -147,4 +152,4 @@ def _dotted(target: Target, delta: Tensor, gradient: Tensor, each: bool) -> Tens
     else:
         per = per.sum(-1)
     per = per if per.ndim == 2 else per[:, None]
-    return per if each else per.sum(0, keepdim=True)
+    return (per if each else per.sum(0, keepdim=True)).cpu()

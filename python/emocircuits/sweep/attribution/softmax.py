@@ -28,7 +28,7 @@ def fixed(record: LayerTrace, patched: Tensor, gradients: Tensor, each: bool) ->
         ``[R, T, H + H_kv]``, or ``[R, 1, H + H_kv]`` for all together; float64.
     """
     count, shared, total = record.q.shape[1], record.k.shape[1], record.q.shape[2]
-    g = gradients.double()
+    g = gradients.to(record.z.device, torch.float64)
     whole = slice(0, total)
     found = g.new_zeros(g.shape[0], total if each else 1, count + shared)
     for unit in range(count if each else count + shared):
@@ -45,4 +45,4 @@ def fixed(record: LayerTrace, patched: Tensor, gradients: Tensor, each: bool) ->
             change = (z.unflatten(-1, base.shape[::2]).transpose(0, 1) - base).double()
             per = torch.einsum("hnd,rnhd->rh", change, g)
             found[:, p, count:] = per.unflatten(1, (shared, -1)).sum(-1)
-    return found
+    return found.cpu()
