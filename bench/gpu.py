@@ -1,6 +1,7 @@
-"""What `make gpu` runs: the GPU tests, the kernel benchmarks, the page of figures, and what VEENA costs two models.
+"""What `make gpu` runs: the GPU tests, the kernel benchmarks, the page of figures, what VEENA costs two models, and a
+sweep of a 7B model.
 
-    python bench/gpu.py [--skip-tests] [--skip-benchmarks] [--skip-overhead] [--workers N]
+    python bench/gpu.py [--skip-tests] [--skip-benchmarks] [--skip-overhead] [--skip-sweep] [--workers N]
                         [options of python -m bench.kernels_gpu]
 
 Needs an NVIDIA GPU, and pytest; installs nothing. Without a GPU it says so and exits with 0. It exits with 1 when a
@@ -42,6 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--skip-tests", action="store_true", help="only the benchmarks")
     parser.add_argument("--skip-benchmarks", action="store_true", help="only the tests")
     parser.add_argument("--skip-overhead", action="store_true", help="leave out `emocircuits bench` (minutes a model)")
+    parser.add_argument("--skip-sweep", action="store_true", help="leave out bench/sweep_gpu.py (some minutes)")
     parser.add_argument("--workers", type=int, default=WORKERS, help=f"processes of the tests (default {WORKERS})")
     parser.add_argument("--test-seconds", type=float, default=300, help="stop the tests after this time (default 300)")
     options, rest = parser.parse_known_args(arguments)
@@ -60,6 +62,9 @@ def main(arguments: list[str] | None = None) -> int:
     _run([sys.executable, "-m", "bench.kernels_gpu.report", "--results", str(chosen.results)])
     if not options.skip_overhead:
         code = max(code, run_overhead(chosen.results))
+    if not options.skip_sweep:
+        commit = [] if chosen.commit is None else ["--commit", chosen.commit]
+        code = max(code, _run([sys.executable, "bench/sweep_gpu.py", "--results", str(chosen.results), *commit]))
     return code
 
 

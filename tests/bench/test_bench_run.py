@@ -285,7 +285,7 @@ def test_make_gpu_fails_when_a_test_fails(body, code, tmp_path, monkeypatch):
     monkeypatch.setattr(bench.gpu, "TESTS", (str(test),))
     ran = []
     monkeypatch.setattr(bench.gpu, "_run", lambda command, **options: ran.append(command[2]) or 0)
-    results = ["--device", "cpu", "--results", str(tmp_path), "--skip-overhead"]
+    results = ["--device", "cpu", "--results", str(tmp_path), "--skip-overhead", "--skip-sweep"]
     assert bench.gpu.main(["--workers", "1", *results]) == code
     assert ran == ["bench.kernels_gpu", "bench.kernels_gpu.report"]
     found = json.loads((tmp_path / "cpu-smoke.json").read_text())["tests"]
