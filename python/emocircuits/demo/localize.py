@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from emocircuits.circuit import Circuit
 from emocircuits.circuits import SteeringVectors, explicit_state_neurons, head_effects, ranked, steering_vectors
-from emocircuits.circuits.neurons import Neuron
+from emocircuits.circuits.neurons import ExplicitNeuron
 from emocircuits.demo.cases import Prompts, Scores, answers, contradicting
 from emocircuits.edits import AddVector
 from emocircuits.embedded import faces, language
@@ -37,7 +37,7 @@ class Found:
     injection_random: np.ndarray
     head_effects: np.ndarray
     layer_effects: np.ndarray
-    neurons: list[Neuron]
+    neurons: list[ExplicitNeuron]
     neuron_k: int
     pairs: int
 

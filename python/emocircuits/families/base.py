@@ -194,8 +194,8 @@ class Handle:
         return (weight.T if isinstance(module, Conv1D) else weight).detach().float()
 
     @torch.no_grad()
-    def norm_gain(self) -> Tensor:
-        """What the final norm multiplies its normalised input with, ``[d_model]`` float32.
+    def norm_gain(self, norm: nn.Module | None = None) -> Tensor:
+        """What a norm, by default the final one, multiplies its normalised input with, ``[d_model]`` float32.
 
         Measured on an input that normalising only scales, because families store it as w, as 1 + w, or not at all.
         """
@@ -203,7 +203,8 @@ class Handle:
         x = torch.ones(self.geometry.d_model, device=parameter.device, dtype=parameter.dtype)
         x[1::2] = -1
         large = 1024 * x  # against the norm's epsilon
-        return ((self.norm(large) - self.norm(-large)) / 2 * x).float()
+        norm = self.norm if norm is None else norm
+        return ((norm(large) - norm(-large)) / 2 * x).float()
 
     @property
     def sees(self) -> bool:

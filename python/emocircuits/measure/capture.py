@@ -183,15 +183,19 @@ class _Recorder:
             self._read = (store.version, (tensors, index, store.count if self.reduce is not None else None))
         return self._read[1]
 
-    def gradient(self, loss: Tensor, name: str, layer: int | None) -> Tensor:
-        """Of a loss, with respect to one captured tensor of the last pass."""
-        if (name, layer) not in self.store.raw:
-            raise ValueError(f"{name}: no gradient; it is computed beside the model, or the model has not run")
-        raw, take = self.store.raw[name, layer]
-        if not raw.requires_grad:
-            raise ValueError(f"{name}: nothing that needs a gradient led to it; run the model with gradients enabled")
-        (grad,) = torch.autograd.grad(loss, raw, retain_graph=True, allow_unused=True)
-        return take(torch.zeros_like(raw) if grad is None else grad)
+    def gradients(self, loss: Tensor, wanted: Sequence[tuple[str, int | None]]) -> list[Tensor]:
+        """Of a loss, with respect to captured tensors of the last pass, in one backward pass."""
+        found = []
+        for name, layer in wanted:
+            if (name, layer) not in self.store.raw:
+                raise ValueError(f"{name}: no gradient; it is computed beside the model, or the model has not run")
+            if not self.store.raw[name, layer][0].requires_grad:
+                raise ValueError(
+                    f"{name}: nothing that needs a gradient led to it; run the model with gradients enabled"
+                )
+            found.append(self.store.raw[name, layer])
+        grads = torch.autograd.grad(loss, [raw for raw, _ in found], retain_graph=True, allow_unused=True)
+        return [take(torch.zeros_like(raw) if g is None else g) for (raw, take), g in zip(found, grads, strict=True)]
 
 
 @contextlib.contextmanager
@@ -269,7 +273,7 @@ def capture(
         stack.enter_context(patched.reading(readers, recorder.begin))
         seen = Captured(names, reduce, recorder.now)
         if not detach:
-            seen._gradient = recorder.gradient
+            seen._gradients = recorder.gradients
         yield seen
         recorder.store.settle()
         if not recorder.store.passes:

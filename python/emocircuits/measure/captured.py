@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ class Captured(Mapping[str, Tensor]):
         self._tensors: dict[str, Tensor] = {}
         self._index: Index | None = None
         self._count: Tensor | None = None
-        self._gradient: Callable[[Tensor, str, int | None], Tensor] | None = None
+        self._gradients: Callable[[Tensor, Sequence[tuple[str, int | None]]], list[Tensor]] | None = None
 
     def _now(self) -> dict[str, Tensor]:
         if self._read is not None:
@@ -141,11 +141,20 @@ class Captured(Mapping[str, Tensor]):
             ValueError: the capture was detached, or ``name`` is not something the model itself computes.
         """
         quantity, layer = self._find(name)
-        if self._gradient is None:
-            raise ValueError("the captured values are detached; use capture(..., detach=False)")
         layers: list[int | None] = [layer] if layer is not None else [*self.layers[quantity]] or [None]
-        found = [self._gradient(loss, quantity, at) for at in layers]
+        found = self.gradients(loss, [(quantity, at) for at in layers])
         return found[0] if layer is not None or not self.layers[quantity] else torch.stack(found)
+
+    def gradients(self, loss: Tensor, wanted: Sequence[tuple[str, int | None]]) -> list[Tensor]:
+        """Gradients with respect to several tensors at once, in one backward pass: see :meth:`gradient`.
+
+        Args:
+            loss: a scalar.
+            wanted: (name, layer) of each, the names ours; layer is None where there is one for the whole model.
+        """
+        if self._gradients is None:
+            raise ValueError("the captured values are detached; use capture(..., detach=False)")
+        return self._gradients(loss, wanted)
 
     # -- files ---------------------------------------------------------------------------------------------------
     def save(self, path: str | Path) -> Path:
