@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -176,3 +178,45 @@ def test_a_disk_that_is_full(tmp_path, whole, monkeypatch):
 
 def _eager(real):
     return lambda *a, **k: real(*a, **{**k, "seconds": 0.0})
+
+
+ANY = """
+import sys, time
+sys.path.insert(0, sys.argv[2])
+from test_sweep_kills import sweep
+from emocircuits.sweep.store import Store
+
+add = Store.add
+
+def slow(self, values):
+    self.seconds = 0.0
+    add(self, values)
+    print("shard", flush=True)
+    time.sleep(0.002)
+
+Store.add = slow
+sweep(sys.argv[1]).heads("each")
+"""
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_at_any_moment(tmp_path, whole):
+    """Not between shards: wherever the process happens to be, writing included."""
+    rng = random.Random(0)
+    counts = [0]
+    for _ in range(3):
+        command = [sys.executable, "-c", ANY, str(tmp_path), str(Path(__file__).parent)]
+        started = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert started.stdout is not None
+        for _ in range(rng.randint(3, 9)):
+            started.stdout.readline()
+        time.sleep(rng.random() * 0.02)
+        os.kill(started.pid, signal.SIGKILL)
+        started.wait()
+        counts.append(len(held(tmp_path)))
+        assert len(set(held(tmp_path))) == counts[-1], "nothing twice"
+    assert counts == sorted(set(counts)), "every run went on from the one before"
+    assert counts[-1] < 3 * PATCHES
+    found = sweep(tmp_path).heads("each")
+    assert sorted(held(tmp_path)) == [(f"{p:04d}", i) for p in (1, 2, 3) for i in range(PATCHES)]
+    torch.testing.assert_close(found.pairs, whole.pairs, rtol=0, atol=1e-12)
