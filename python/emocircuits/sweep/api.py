@@ -370,8 +370,13 @@ class Sweep:
         if kind != "neurons":
             count = {"heads": g.heads, "qkv": g.heads + 2 * g.kv_heads}.get(kind)
             return Target(kind), [None] if count is None else list(range(count))
-        _ = self.handle.down_projections
-        total = self.handle.geometry.neurons
+        total = g.neurons
+        if not total:
+            raise NotImplementedError(
+                f"the MLPs of {type(self.handle.model).__name__} are mixtures of experts: a token's neurons are those "
+                "of the experts that it is routed to, which need not be the same in both prompts, and transformers "
+                "keeps all experts in one tensor, so that no module has their neurons; sweep mlp_out"
+            )
         if isinstance(groups, int):
             if not 1 <= groups <= total:
                 raise ValueError(f"{groups} groups of {total} neurons: expected 1 to {total}")
