@@ -362,8 +362,10 @@ def test_refusals(monkeypatch):
     sweep = Sweep(model, clean, corrupt, generated(score, limit=2), progress=False)
     with pytest.raises(NotImplementedError, match="generated text"):
         residual_between(sweep)
-    with pytest.raises(NotImplementedError, match="no gradient"):
+    with pytest.raises(ValueError, match="not differentiable"):
         sweep.attribute()
+    with pytest.raises(NotImplementedError, match="no gradient"):
+        sweep.readout.read(sweep.base.layers[-1].resid_post)
 
     # A layer whose cache is not what attention reads.
     update = DynamicLayer.update
