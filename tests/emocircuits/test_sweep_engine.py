@@ -437,5 +437,7 @@ def test_neurons_of_experts_are_refused():
     sweep = Sweep(model, clean, corrupt, logit_diff(A, B), progress=False)
     with pytest.raises(NotImplementedError, match=r"mixtures of experts: .* sweep mlp_out"):
         sweep.neurons()
+    whole = sweep.mlp_out(positions="each")
+    agree(whole.values, oracle.sweep(model, corrupt, clean, "mlp_out", difference, "each"), 1e-10, whole.gap)
     found = sweep.heads(positions="each")
     agree(found.values, oracle.sweep(model, corrupt, clean, "heads", difference, "each", HEADS), 1e-10, found.gap)
