@@ -1,7 +1,8 @@
 # ruff: noqa: E402 - the environment is set before torch is imported
 """What exact activation patching costs here and elsewhere: the sweep engine, hook loops, and the libraries people use.
 
-    python bench/sweep.py [--jobs heads,heads-each,...] [--columns 64] [--rounds 5] [--seconds S] [--json FILE]
+    python bench/sweep.py [--jobs heads,heads-each,...] [--columns 64] [--rounds 5] [--stride 1] [--json FILE]
+                          [--model llama] [--plain]
                           [--layers 8 --width 512 --heads 8 --kv-heads 8 --neurons 1408 --vocabulary 8192]
 
 Everything runs in one process, on one thread, on the same random weights and the same prompts (they differ at four
@@ -9,11 +10,15 @@ places, the first at column 4), and reads the same logit difference at the last 
 the same sample, and its numbers must agree with a plain one-patch-at-a-time hook loop to 2e-5 of the range of the whole
 table; only then is anything timed. Contenders take turns, and the order turns too. A hook loop costs the same for every
 patch, so it is timed on slices of the sweep; the engine's cost depends on layer and position, so it always runs the
-whole sweep. Times are CPU time of the process: on a shared machine what others do changes the clock, and this less.
+whole sweep (with --stride 4 that of every fourth column: the same cost a patch, a quarter of the time).
+Times are CPU time of the process: on a shared machine what others do changes the clock, and this less.
 Every round also times a matrix product of the MLP's shape, and the table says which share of the bound "least FLOPs at
 that rate" is reached: at the rate of torch's own product, which all others use, and at that of a packed one
 (emocircuits/sweep/packed.py), which the engine uses where it is faster. --plain keeps it to torch's own, so that one
 can see what skipping work brings alone.
+
+--model llava is a LLaVA whose two prompts have the same words and two images of 256 tokens, 4 layers of vision tower
+before them. The hook loop runs the whole model; batched hooks get the merged embeddings, made once and not timed.
 
 TransformerLens, nnsight and pyvene take part where they are installed (`pip install 'emokernels[peers]'`). PIP_NO_INDEX
 is set for this process: TransformerLens installs packages by itself otherwise.
@@ -48,7 +53,7 @@ from sweep_contenders import CONTENDERS, JOBS, Engine, Unavailable, Workload
 from emocircuits.environment import provenance
 from emocircuits.families import open_model
 from emocircuits.sweep import packed as packing
-from emocircuits.sweep.planner import Shape, forecast
+from emocircuits.sweep.planner import Shape, forecast, outside
 
 TOLERANCE = 2e-5
 """Largest difference from the hook loop, as a share of the range of the whole table."""
@@ -59,7 +64,9 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", default=",".join(JOBS), help=f"some of {', '.join(JOBS)}")
     parser.add_argument("--only", help="contenders, by name (default: all that are installed)")
-    parser.add_argument("--columns", type=int, default=64, help="tokens of a prompt (default 64)")
+    parser.add_argument("--model", choices=["llama", "llava"], default="llama", help="(default llama)")
+    parser.add_argument("--columns", type=int, default=64, help="words of a prompt (default 64)")
+    parser.add_argument("--stride", type=int, default=1, help="of the columns patched one at a time (default 1: all)")
     parser.add_argument("--rounds", type=int, default=5, help="turns of every contender (default 5)")
     parser.add_argument("--slice", type=int, default=32, help="patches of a contender in a round (default 32)")
     parser.add_argument("--plain", action="store_true", help="the engine multiplies as torch does")
@@ -99,9 +106,10 @@ def main() -> None:
                 missing[name] = str(reason)
                 print(f"left out: {name} ({reason})", file=sys.stderr)
         rows = [row for job in jobs for row in measure(job, contenders, work, args)]
+    sizes = {k: v for k, v in vars(args).items() if type(v) is int}
     record = {
         "command": " ".join(["python", "bench/sweep.py", *sys.argv[1:]]), **provenance("cpu"), "peers": peers(),
-        "left_out": missing, "sizes": {k: v for k, v in vars(args).items() if isinstance(v, int)}, "rows": rows,
+        "model": args.model, "left_out": missing, "sizes": sizes, "rows": rows,
     }  # fmt: skip
     if args.json:
         args.json.write_text(json.dumps(record, indent=1) + "\n")
@@ -117,7 +125,11 @@ def measure(job: str, contenders: dict, work: Workload, args: argparse.Namespace
     expected = contenders["hook loop"].run(job, sample)
     whole = (contenders.get("engine") or Engine(work)).run(job, everything)
     span = max(whole) - min(whole)
-    worst = {name: agree(c.run(job, sample), expected, span, name) for name, c in contenders.items()}
+    of_engine = [whole[everything.index(patch)] for patch in sample]
+    worst = {
+        name: agree(of_engine if name == "engine" else c.run(job, sample), expected, span, name)
+        for name, c in contenders.items()
+    }
     spent: dict[str, list[float]] = {name: [] for name in contenders}
     rates, packed_rates = [], []
     names = list(contenders)
@@ -131,7 +143,9 @@ def measure(job: str, contenders: dict, work: Workload, args: argparse.Namespace
             begin = time.process_time()
             contenders[name].run(job, patches)
             spent[name].append((time.process_time() - begin) / len(patches))
-    shape = Shape.of(open_model(work.model()), args.columns, first=work.first, rows=2)
+    handle = open_model(work.model())
+    images = outside(handle, work.inputs("corrupt")) if work.images else 0
+    shape = Shape.of(handle, work.columns, first=work.first, rows=2, images=images)
     kind, size = JOBS[job], args.neurons // args.groups
     counted = forecast(shape, kind, everything, size=size)
     best = min((n for n in names if n != "engine"), key=lambda n: statistics.median(spent[n]))
@@ -144,7 +158,7 @@ def measure(job: str, contenders: dict, work: Workload, args: argparse.Namespace
             for measured in (rates, packed_rates)
         )
         row = {
-            "job": job, "contender": name, "patches": len(everything),
+            "job": job, "contender": name, "columns": work.columns, "patches": len(everything),
             "cpu_ms_a_patch": 1e3 * statistics.median(spent[name]),
             "all_ms": [1e3 * s for s in spent[name]], "best_other": best, "times_best_other": statistics.median(ratios),
             "difference_of_range": worst[name], "arithmetic_allows": counted.naive / counted.least,
@@ -154,7 +168,7 @@ def measure(job: str, contenders: dict, work: Workload, args: argparse.Namespace
         }  # fmt: skip
         rows.append(row)
         print(
-            f"T={args.columns} {job:14s} {name:28s} {row['cpu_ms_a_patch']:8.3f} ms a patch, "
+            f"T={work.columns} {job:14s} {name:28s} {row['cpu_ms_a_patch']:8.3f} ms a patch, "
             f"{row['times_best_other']:5.2f} times as fast as {best}, "
             f"{100 * row['share_of_bound']:3.0f} % of the bound ({100 * row['share_of_packed_bound']:.0f} % of that of "
             f"packed products), differs by {worst[name]:.0e} of the range"

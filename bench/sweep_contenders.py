@@ -24,6 +24,12 @@ class Unavailable(Exception):
     """A contender that cannot take part, and why."""
 
 
+def words_only(work: Workload) -> None:
+    """Of a contender that is given prompts of words."""
+    if work.images is not None:
+        raise Unavailable("compared on prompts without images only")
+
+
 class Patch(NamedTuple):
     layer: int
     column: int | None
@@ -38,11 +44,14 @@ class Workload:
     args: Any
     clean: Tensor
     corrupt: Tensor
+    images: tuple[Tensor, Tensor] | None = None
     first: int = 4
     answers: tuple[int, int] = (17, 42)
 
     @classmethod
     def build(cls, folder: Path, args: Any) -> Workload:
+        if args.model == "llava":
+            return cls.build_llava(folder, args)
         from tokenizers import Tokenizer, models, pre_tokenizers
         from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
         from transformers.utils import logging
@@ -69,13 +78,58 @@ class Workload:
         corrupt = clean.clone()
         for column in {4, 5, args.columns // 2, 3 * args.columns // 4}:
             corrupt[0, column] = 10 + (corrupt[0, column] * 7 + 13) % (args.vocabulary - 10)
-        return cls(folder, args, clean, corrupt, int((clean != corrupt)[0].nonzero()[0]))
+        return cls(folder, args, clean, corrupt, first=int((clean != corrupt)[0].nonzero()[0]))
+
+    @classmethod
+    def build_llava(cls, folder: Path, args: Any) -> Workload:
+        """Two images of 256 tokens each, after 4 of `columns` words that are the same on both sides."""
+        from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+        torch.manual_seed(0)
+        text = LlamaConfig(
+            hidden_size=args.width, num_hidden_layers=args.layers, num_attention_heads=args.heads,
+            num_key_value_heads=args.kv_heads, intermediate_size=args.neurons, vocab_size=args.vocabulary,
+            max_position_embeddings=2048, initializer_range=0.05, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        )  # fmt: skip
+        vision = CLIPVisionConfig(
+            hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4, image_size=128,
+            patch_size=8,
+        )  # fmt: skip
+        config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=3, image_seq_length=256)
+        model = LlavaForConditionalGeneration(config).eval()
+        for layer in model.model.language_model.layers:
+            layer.self_attn.q_proj.weight.mul_(2.0)
+        model.save_pretrained(folder)
+        g = torch.Generator().manual_seed(args.columns)
+        words = torch.randint(10, args.vocabulary, (1, args.columns), generator=g)
+        tokens = torch.cat([words[:, :4], torch.full((1, 256), 3), words[:, 4:]], 1)
+        images = (torch.randn(1, 3, 128, 128, generator=g), torch.randn(1, 3, 128, 128, generator=g))
+        return cls(folder, args, tokens, tokens.clone(), images)
+
+    @property
+    def columns(self) -> int:
+        return self.clean.shape[1]
+
+    def inputs(self, side: str) -> dict[str, Tensor]:
+        """What the model takes."""
+        found = {"input_ids": self.clean if side == "clean" else self.corrupt}
+        if self.images is not None:
+            found["pixel_values"] = self.images[side != "clean"]
+        return found
 
     def model(self, attention: str = "sdpa") -> Any:
-        from transformers import LlamaForCausalLM
+        from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
 
-        model = LlamaForCausalLM.from_pretrained(self.folder, dtype=torch.float32, attn_implementation=attention)
+        kind = LlamaForCausalLM if self.images is None else LlavaForConditionalGeneration
+        model = kind.from_pretrained(self.folder, dtype=torch.float32, attn_implementation=attention)
         return model.eval().requires_grad_(False)
+
+    def layers(self, model: Any) -> Any:
+        return model.model.layers if self.images is None else model.model.language_model.layers
+
+    def positions(self) -> list[int]:
+        """Columns that are patched one at a time: every `stride`-th, the last one too."""
+        return list(range(self.columns - 1, -1, -self.args.stride))[::-1]
 
     def tokenizer(self) -> Any:
         from transformers import AutoTokenizer
@@ -84,7 +138,7 @@ class Workload:
 
     def patches(self, job: str) -> list[Patch]:
         a = self.args
-        layers, columns = range(a.layers), range(a.columns)
+        layers, columns = range(a.layers), self.positions()
         if job == "heads":
             return [Patch(l, None, h) for l in layers for h in range(a.heads)]
         if job == "heads-each":
@@ -148,20 +202,20 @@ class Engine(Contender):
         from emocircuits.sweep import Sweep, logit_diff
 
         sweep = Sweep(
-            self.model, clean={"input_ids": self.work.clean}, corrupt={"input_ids": self.work.corrupt},
+            self.model, clean=self.work.inputs("clean"), corrupt=self.work.inputs("corrupt"),
             metric=logit_diff(*self.work.answers), progress=False,
         )  # fmt: skip
+        columns = self.work.positions()
         if job == "heads":
-            return [float(v) for v in self.pick(sweep.heads(positions="all").values, patches)]
-        if job == "heads-each":
-            return [float(v) for v in self.pick(sweep.heads(positions="each").values, patches)]
-        if job == "residual-each":
-            return [float(v) for v in self.pick(sweep.residual(positions="each").values, patches)]
-        return [float(v) for v in self.pick(sweep.neurons(groups=self.work.args.groups).values, patches)]
-
-    @staticmethod
-    def pick(table: Tensor, patches: Sequence[Patch]) -> list[Tensor]:
-        return [table[tuple(i for i in patch if i is not None)] for patch in patches]
+            table = sweep.heads().values
+        elif job == "heads-each":
+            table = sweep.heads(positions=columns).values
+        elif job == "residual-each":
+            table = sweep.residual(positions=columns).values
+        else:
+            table = sweep.neurons(groups=self.work.args.groups).values
+        places = [(p.layer, None if p.column is None else columns.index(p.column), p.unit) for p in patches]
+        return [float(table[tuple(i for i in place if i is not None)]) for place in places]
 
 
 class Hooks(Contender):
@@ -179,13 +233,17 @@ class Hooks(Contender):
 
     def ready(self, job: str) -> None:
         found, hooks = [], []
-        for layer in self.model.model.layers:
+        for layer in self.work.layers(self.model):
             keep = lambda module, args, kwargs: found.append((args[0] if args else kwargs["hidden_states"]).clone())  # noqa: E731
             hooks.append(self.site(layer, job).register_forward_pre_hook(keep, with_kwargs=True))
-        self.model(self.work.clean, use_cache=False)
+        self.model(**self.work.inputs("clean"), use_cache=False)
         for hook in hooks:
             hook.remove()
         self.clean = found
+
+    def given(self, rows: int) -> dict[str, Tensor]:
+        """The corrupt prompt, once for each patch of a batch."""
+        return {k: v.expand(rows, *v.shape[1:]) for k, v in self.work.inputs("corrupt").items()}
 
     def run(self, job: str, patches: Sequence[Patch]) -> list[float]:
         clean, values = self.clean, [0.0] * len(patches)
@@ -199,9 +257,11 @@ class Hooks(Contender):
                     self.work.write(x, clean[layer], job, patch, row)
                 return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
 
-            handle = self.site(self.model.model.layers[layer], job).register_forward_pre_hook(hook, with_kwargs=True)
+            handle = self.site(self.work.layers(self.model)[layer], job).register_forward_pre_hook(
+                hook, with_kwargs=True
+            )
             try:
-                logits = self.model(self.work.corrupt.expand(len(group), -1), use_cache=False, **more).logits
+                logits = self.model(**self.given(len(group)), use_cache=False, **more).logits
             finally:
                 handle.remove()
             for row, (i, _) in enumerate(group):
@@ -210,15 +270,34 @@ class Hooks(Contender):
 
 
 class Batched(Hooks):
-    """The same with 32 patches of one layer in a batch, and the last column's logits only."""
+    """The same with 32 patches of one layer in a batch, the last column's logits only, the image seen once."""
 
     batch, last = 32, True
+
+    def ready(self, job: str) -> None:
+        super().ready(job)
+        self.embedded: Tensor | None = None
+        if self.work.images is None:
+            return
+
+        def keep(module: Any, args: Any, kwargs: Any) -> None:
+            self.embedded = kwargs["inputs_embeds"]
+
+        hook = self.model.model.language_model.register_forward_pre_hook(keep, with_kwargs=True)
+        self.model(**self.work.inputs("corrupt"), use_cache=False)
+        hook.remove()
+
+    def given(self, rows: int) -> dict[str, Tensor]:
+        if self.embedded is None:
+            return super().given(rows)
+        return {"inputs_embeds": self.embedded.expand(rows, -1, -1)}
 
 
 class TransformerLens(Contender):
     """``transformer_lens.patching.generic_activation_patch`` on a TransformerBridge."""
 
     def prepare(self) -> None:
+        words_only(self.work)
         try:
             import transformer_lens.patching as patching
             from transformer_lens.model_bridge import TransformerBridge
@@ -262,6 +341,7 @@ class NNsight(Contender):
     batch = 16
 
     def prepare(self) -> None:
+        words_only(self.work)
         try:
             import nnsight
         except ImportError as error:
@@ -308,6 +388,7 @@ class PyVene(Hooks):
     batch = 16
 
     def prepare(self) -> None:
+        words_only(self.work)
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 import pyvene
