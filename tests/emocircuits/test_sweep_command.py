@@ -155,6 +155,7 @@ def test_a_text_model_from_a_folder(capsys, tmp_path):
     values = torch.tensor(json.loads(printed)["values"])
     assert values.shape == (3, 4, 4)
     assert (values[:, 0] == json.loads(printed)["corrupt"]).all(), "before the first difference nothing changes"
+    assert json.loads(printed)["labels"]["token"] == ["w7", "w18", "w9", "w10"]
 
 
 @pytest.mark.parametrize(

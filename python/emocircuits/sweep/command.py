@@ -85,6 +85,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     mean = command_targets.table(sweep, args, positions, layers)
     ids = [p.pair.id for p in prepared]
     mean.meta["ids"] = ids
+    # The words of the run that is patched, where all pairs have the same.
+    patched = [p.corrupt if args.direction == "denoise" else p.clean for p in prepared]
+    if "pos" in mean.axes and all(torch.equal(p["input_ids"], patched[0]["input_ids"]) for p in patched):
+        mean = mean.with_tokens(processor, patched[0])
     record = report(mean, args, ids) | command_targets.more(mean)
     if args.out is not None:
         mean.save(args.out)
