@@ -69,6 +69,8 @@ def test_all_confirmed_is_the_exact_table():
     assert bool(found.exact.all())
     torch.testing.assert_close(found.values, sweep.heads(positions="each").values, rtol=0, atol=1e-10)
     assert found.meta["prescreen"]["miss_share_below"] is None
+    # Everything that was not confirmed can be drawn.
+    assert bool(sweep.heads(positions="each", prescreen="atp", confirm=3, sample=10_000).exact.all())
 
 
 def test_top_tables_and_files(tmp_path):
