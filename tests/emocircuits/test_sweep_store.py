@@ -155,6 +155,14 @@ def test_other_versions_are_refused(tmp_path):
         run(tmp_path, Engine())
 
 
+@pytest.mark.parametrize("record", [[], {}, {"format": "emocircuits.sweep.shards/1"}, {"key": {}}, None])
+def test_a_manifest_that_is_not_whole_is_refused(tmp_path, record):
+    run(tmp_path, Engine())
+    (tmp_path / "manifest.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="not the manifest of a sweep"):
+        run(tmp_path, Engine())
+
+
 def test_a_model_that_computes_something_else_is_refused(tmp_path):
     run(tmp_path, Engine())
     with pytest.raises(ValueError, match=r"of the clean prompt was 3 and is 3\.5 now"):

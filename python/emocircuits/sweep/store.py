@@ -163,7 +163,8 @@ class Store:
             write_json(path, fresh)
             return
         record = read_json(path, "the manifest of a sweep")
-        if not isinstance(record, dict) or record.get("format") != FORMAT:
+        whole = isinstance(record, dict) and {"format", "key", "clean", "corrupt", "runs"} <= record.keys()
+        if not whole or record["format"] != FORMAT:
             raise ValueError(f"{path}: not the manifest of a sweep (expected format {FORMAT!r}); use another folder")
         different = _differences(record["key"], json.loads(json.dumps(self._key)))
         if different:
