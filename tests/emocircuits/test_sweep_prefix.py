@@ -44,8 +44,20 @@ def test_masks_are_read_row_by_row_for_few_queries_only(causal, used, monkeypatc
     model, clean, corrupt = pair("llama-padded" if not causal else "llama")
     monkeypatch.setattr(prefix, "without_copies", lambda query, value: "composed")
     monkeypatch.setattr(prefix, "FEW", 2)
-    Sweep(model, clean, corrupt, logit_diff(A, B), progress=False).heads()
+    sweep = Sweep(model, clean, corrupt, logit_diff(A, B), progress=False)
+    sweep.heads(positions=[-1, -2, -3, -4], layers=[0])
+    sweep.residual(positions=[-4], layers=[0])
     assert {n > 2 for n, _, _ in used} == ({True, False} if causal else {False})
+
+
+def test_more_keys_of_their_own_than_shared_ones(used, monkeypatch):
+    model, clean, corrupt = pair("llama")
+    monkeypatch.setattr(prefix, "without_copies", lambda query, value: "composed")
+    monkeypatch.setattr(prefix, "FEW", 2)
+    sweep = Sweep(model, clean, corrupt, logit_diff(A, B), progress=False)
+    sweep.residual(positions="each")
+    assert all(n <= 2 or before >= sweep.columns - before for n, before, _ in used)
+    assert any(n > 2 for n, _, _ in used)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])

@@ -1,8 +1,8 @@
 """Attention of variants to the keys that they share, the base run's before their columns, and then to their own.
 
 On a GPU the shared keys are read where they are (``prefix`` of :func:`emokernels.attention`): variants take no memory
-for them. Elsewhere, and where the kernel would read a mask row by row for many queries, they are put before each
-variant's own.
+for them. Elsewhere, where the kernel would read a mask row by row for many queries, and where variants have more keys
+of their own than they share, for which stock attention is made, they are put before each variant's own.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def after_shared(
         causal: whether the mask is only that of the last ``n`` columns not seeing what comes after them.
     """
     backend = without_copies(query, value)
-    if backend is not None and (causal or query.shape[2] <= FEW):
+    if backend is not None and (query.shape[2] <= FEW or (causal and start >= key.shape[2])):
         z, _ = run(
             query, key, value, mask=None if causal else mask, prefix=(record.k[:, :, :start], record.v[:, :, :start]),
             causal=causal, scale=record.scaling, softcap=record.softcap, backend=backend,
