@@ -8,10 +8,11 @@
 from emocircuits.sweep.api import Sweep
 from emocircuits.sweep.combinations import interaction
 from emocircuits.sweep.generated import contains, generated
+from emocircuits.sweep.grids import plan_grid
 from emocircuits.sweep.metrics import Metric, kl, log_prob, logit_diff, projection
 from emocircuits.sweep.results import SweepResult
 
 __all__ = [
-    "Metric", "Sweep", "SweepResult", "contains", "generated", "interaction", "kl", "log_prob", "logit_diff",
-    "projection",
+    "Metric", "Sweep", "SweepResult", "contains", "generated", "interaction", "kl", "log_prob",
+    "logit_diff", "plan_grid", "projection",
 ]  # fmt: skip

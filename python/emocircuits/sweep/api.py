@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from emocircuits.families import open_model
+from emocircuits.plan import Plan
 from emocircuits.roles import prompt_roles
 from emocircuits.sweep import inputs
 from emocircuits.sweep.attribution.edges import EdgeMethod, sweep_edges
@@ -23,6 +24,7 @@ from emocircuits.sweep.combinations import Heads, sweep_combinations
 from emocircuits.sweep.engine import Run as Runner
 from emocircuits.sweep.engine import evaluate
 from emocircuits.sweep.generated import Continuation, positioned, readout, runner
+from emocircuits.sweep.grids import Axes, sweep_grid
 from emocircuits.sweep.memory import WHERE, Where
 from emocircuits.sweep.metrics import Metric, declared
 from emocircuits.sweep.packed import Products
@@ -304,6 +306,23 @@ class Sweep:
                 strengths twice.
         """
         return sweep_steering(self, vectors, layers, alphas, rows, reading)
+
+    @over_pairs
+    def grid(self, plan: Callable[..., Plan], axes: Axes) -> SweepResult:
+        """The run that is patched under every plan of a grid: one axis for each strength.
+
+        Nothing comes from the other prompt but its baseline. For prompts without a partner, and for many prompts in
+        one batch: :func:`~emocircuits.sweep.plan_grid`.
+
+        Args:
+            plan: from one value of every axis, by name, to a plan.
+            axes: values by name, such as ``{"beta": (1.2, 1.6), "gamma": (1.0, 1.6)}``.
+
+        Raises:
+            TypeError, ValueError, NotImplementedError: a plan that cannot be moved from row to row (batch rows,
+                positions, gates) or does not fit the model, or a metric of what leaves a layer.
+        """
+        return sweep_grid(self, plan, axes)
 
     @over_pairs
     def attribute(

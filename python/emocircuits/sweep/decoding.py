@@ -66,6 +66,14 @@ class Prompt:
             found.update(key, value, layer)
         return found
 
+    def rows(self, index: Tensor) -> Prompt:
+        """The prompt of other rows: of each its number here, ``[B]``."""
+        own = torch.zeros_like(index)  # of what all rows share
+        arguments = _by_row(
+            self.arguments, lambda x, dim: x.index_select(dim, own if x.shape[dim] == 1 else index)
+        )  # fmt: skip
+        return dc.replace(self, ids=self.ids[index], arguments=arguments)
+
     def prefill(self) -> tuple[DynamicCache, Tensor]:
         """The model's own pass over the prompt: the filled cache, and logits ``[R, V]`` of the last column."""
         arguments = {**self.arguments, "past_key_values": self.cache()}

@@ -18,6 +18,7 @@ from emocircuits.edits import GateHeads, GateRoute
 from emocircuits.patching import Patched
 from emocircuits.plan import Plan
 from emocircuits.tables import LayerTables, compile_plan
+from emokernels import Role
 
 T = TypeVar("T")
 SHARED = ("index", "basis")
@@ -81,17 +82,23 @@ class RowPlans(Patched):
         if self.which is None or not self.plan:
             self.state.tables = {}
             return
+        self.state.tables = {layer: picked(tables, self.which) for layer, tables in self.compiled().items()}
+
+    def compiled(self) -> dict[int, LayerTables]:
+        """Tables by layer, with a row for each plan."""
         if self._compiled is None:
-            self._compiled = compile_plan(
-                self.plan, self.handle.geometry, len(self.plans), self._device, self._dtype
-            )  # fmt: skip
-        self.state.tables = {layer: picked(tables, self.which) for layer, tables in self._compiled.items()}
+            self._compiled = compile_plan(self.plan, self.handle.geometry, len(self.plans), self._device, self._dtype)
+        return self._compiled
+
+    def use(self, compiled: dict[int, LayerTables]) -> None:
+        """Take tables that were compiled before, of the same plans and model."""
+        self._compiled = compiled
 
     def _require_visual(self) -> None:
-        """Of the rows that follow a plan, not of the plans."""
-        if self.which is None:
-            return
-        super()._require_visual()
+        """Rows of the batch are not those that the edits name, which are plans: every row must suit every plan."""
+        missing = self.context.without(Role.VISUAL)
+        if self.which is not None and missing and Role.VISUAL in self.plan.roles_used():
+            raise ValueError(f"a plan needs visual tokens, and the prompt of row {missing[0]} has none")
 
 
 def picked(table: T, rows: Tensor) -> T:
