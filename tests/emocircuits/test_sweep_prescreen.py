@@ -8,7 +8,8 @@ import torch
 from scipy import stats
 from test_sweep_engine import A, B, pair
 
-from emocircuits.sweep import Sweep, SweepResult, logit_diff
+from emocircuits.sweep import Sweep, SweepResult, interaction, logit_diff
+from emocircuits.sweep.combinations import strongest
 from emocircuits.sweep.resume import Decoder
 
 TARGETS = ("heads", "neurons", "residual", "attn_out", "mlp_out", "qkv")
@@ -134,3 +135,18 @@ def test_refusals():
     ):
         with pytest.raises(ValueError, match=match):
             sweep.heads(**options)
+
+
+def test_estimates_are_no_single_heads():
+    """Interactions are measured from patches that were run, and the strongest heads are those."""
+    sweep = make()
+    found = sweep.heads(prescreen="atp", confirm=4, sample=0)
+    best = strongest(found, 4)
+    assert [(p["layer"], p["head"]) for p in found.top(4)] == best
+    pairs = sweep.combinations(best)
+    torch.testing.assert_close(interaction(pairs, found), interaction(pairs, sweep.heads()))
+    other = next((l, h) for l in range(2) for h in range(4) if not found.exact[l, h])
+    with pytest.raises(ValueError, match="is not among the single heads"):
+        interaction(sweep.combinations([best[0], other]), found)
+    with pytest.raises(ValueError, match="estimates of attribution"):
+        interaction(pairs, sweep.attribute())

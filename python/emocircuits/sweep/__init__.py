@@ -6,6 +6,7 @@
 """
 
 from emocircuits.sweep.api import Sweep
+from emocircuits.sweep.attribution.graph import EdgeResult
 from emocircuits.sweep.combinations import interaction
 from emocircuits.sweep.generated import contains, generated
 from emocircuits.sweep.grids import plan_grid
@@ -13,6 +14,6 @@ from emocircuits.sweep.metrics import Metric, kl, log_prob, logit_diff, projecti
 from emocircuits.sweep.results import SweepResult
 
 __all__ = [
-    "Metric", "Sweep", "SweepResult", "contains", "generated", "interaction", "kl", "log_prob",
+    "EdgeResult", "Metric", "Sweep", "SweepResult", "contains", "generated", "interaction", "kl", "log_prob",
     "logit_diff", "plan_grid", "projection",
 ]  # fmt: skip

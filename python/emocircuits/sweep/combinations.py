@@ -155,6 +155,9 @@ def strongest(result: SweepResult, top: int) -> list[Head]:
     if "layer" not in result.axes or "head" not in result.axes:
         raise ValueError(f"a result of {', '.join(result.axes)}: expected one of heads, such as sweep.heads()")
     moved = (result.values - result.base).abs()
+    if result.exact is not None:
+        # Of a prescreened sweep those that were run come first, as in its top().
+        moved = torch.where(result.exact & (moved > 0), moved + 1 + moved.max(), moved)
     moved = moved.movedim([result.axes.index("layer"), result.axes.index("head")], [0, 1])
     moved = moved.reshape(*moved.shape[:2], -1).amax(-1)
     if not 1 <= top <= moved.numel():
@@ -213,6 +216,11 @@ def _singles(result: SweepResult) -> dict[str, Tensor]:
         return dict(zip(result.labels["combination"], result.values, strict=True))
     if "layer" not in result.axes or "head" not in result.axes:
         raise ValueError(f"a result of {', '.join(result.axes)}: expected one of heads, such as sweep.heads()")
-    by_head = result.values.movedim([result.axes.index("layer"), result.axes.index("head")], [0, 1])
+    if "method" in result.meta:
+        raise ValueError("the single heads are estimates of attribution; take those of sweep.heads()")
+    # Heads of a prescreened sweep that were not run are not there.
+    values = result.values if result.exact is None else result.values.masked_fill(~result.exact, float("nan"))
+    by_head = values.movedim([result.axes.index("layer"), result.axes.index("head")], [0, 1])
     labels: Any = result.labels
-    return {f"{l}.{h}": by_head[i, j] for i, l in enumerate(labels["layer"]) for j, h in enumerate(labels["head"])}
+    found = {f"{l}.{h}": by_head[i, j] for i, l in enumerate(labels["layer"]) for j, h in enumerate(labels["head"])}
+    return found if result.exact is None else {k: v for k, v in found.items() if not bool(v.isnan().any())}
