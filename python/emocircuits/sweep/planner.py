@@ -1,8 +1,11 @@
 """Before a sweep: how much arithmetic it is, how much it would be one patch at a time, the least it could be, how long.
 
-Counted are the matrix products (2 per multiply-add) of the text decoder and of the unembedding; norms, rotary embedding
-and activations are not. A patch at (layer l, column p) leaves layers below l and columns before p as they are, so the
-least exact work is that of layers >= l at columns >= p, less what these identities save:
+Counted are the matrix products (2 per multiply-add) of the text decoder and of the unembedding, and in a plain pass the
+linear layers and convolutions of a vision tower. Norms, rotary embedding, activations and a tower's attention are not,
+and models with mixtures of experts are not counted at all.
+
+A patch at (layer l, column p) leaves layers below l and columns before p as they are, so the least exact work is that
+of layers >= l at columns >= p, less what these identities save:
 
 - a patch of one column enters the next layer with one column: queries, keys and values are new there only, and every
   later query meets one replaced key and value, a rank-one change of its attention;
