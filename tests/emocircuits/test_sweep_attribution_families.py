@@ -38,7 +38,10 @@ def slope(model, base, kind, own, new, entries):
     return float(torch.autograd.grad(logits[0, -1, A] - logits[0, -1, B], t)[0])
 
 
-@pytest.mark.parametrize("name", harness.BUILDERS)
+NAMES = [n if n in harness.TEXT else pytest.param(n, marks=pytest.mark.slow) for n in harness.BUILDERS]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_family(name):
     model, _, make_inputs, tolerance = harness.built(name)
     clean, corrupt = pair(model, make_inputs)

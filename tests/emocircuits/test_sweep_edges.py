@@ -189,13 +189,13 @@ def test_exact_where_the_model_is_linear(monkeypatch):
         model.load_state_dict(before)
 
 
-@pytest.mark.parametrize("kind", ["llama", "llava-padded"])
-def test_integrated_edges_of_the_input_are_complete(kind):
+@pytest.mark.parametrize(("kind", "steps"), [("llama", 50), pytest.param("llava-padded", 100, marks=pytest.mark.slow)])
+def test_integrated_edges_of_the_input_are_complete(kind, steps):
     """All that the input is read by is a complete cut: over it the scores add up to clean less corrupt."""
     model, clean, corrupt = pair(kind)
     sweep = Sweep(model, clean, corrupt, logit_diff(A, B), progress=False)
     gap = sweep.clean - sweep.corrupt
-    few, many = (float(sweep.edges(steps=n).scores[0].nansum()) for n in (80, 160))
+    few, many = (float(sweep.edges(steps=n).scores[0].nansum()) for n in (steps, 2 * steps))
     # A sum over the right ends of steps is off by one over their number.
     assert abs(many - gap) < 0.7 * abs(few - gap)
     assert abs(2 * many - few - gap) < 0.02 * abs(gap)
