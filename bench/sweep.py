@@ -10,9 +10,9 @@ places, the first at column 4), and reads the same logit difference at the last 
 the same sample, and its numbers must agree with a plain one-patch-at-a-time hook loop to 2e-5 of the range of the whole
 table; only then is anything timed. Contenders take turns, and the order turns too. A hook loop costs the same for every
 patch, so it is timed on slices of the sweep; the engine's cost depends on layer and position, so it always runs the
-whole sweep (with --stride 4 that of every fourth column: a quarter of the time, but for the runs of both prompts, which then weigh
-four times as much in a patch).
-Times are CPU time of the process: on a shared machine what others do changes the clock, and this less.
+whole sweep (with --stride 4 that of every fourth column: a quarter of the time, but the runs of both prompts then weigh
+four times as much in a patch). Times are CPU time of the process: on a shared machine what others do changes the clock,
+and this less.
 Every round also times a matrix product of the MLP's shape, and the table says which share of the bound "least FLOPs at
 that rate" is reached: at the rate of torch's own product, which all others use, and at that of a packed one
 (emocircuits/sweep/packed.py), which the engine uses where it is faster. --plain keeps it to torch's own, so that one
