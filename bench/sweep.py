@@ -36,6 +36,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import argparse
 import json
+import shlex
 import statistics
 import sys
 import tempfile
@@ -109,7 +110,7 @@ def main() -> None:
         rows = [row for job in jobs for row in measure(job, contenders, work, args)]
     sizes = {k: v for k, v in vars(args).items() if type(v) is int}
     record = {
-        "command": " ".join(["python", "bench/sweep.py", *sys.argv[1:]]), **provenance("cpu"), "peers": peers(),
+        "command": shlex.join(["python", "bench/sweep.py", *sys.argv[1:]]), **provenance("cpu"), "peers": peers(),
         "model": args.model, "left_out": missing, "sizes": sizes, "rows": rows,
     }  # fmt: skip
     if args.json:
