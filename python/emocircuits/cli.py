@@ -50,9 +50,9 @@ def _parser() -> argparse.ArgumentParser:
     pairs.options(command("data", pairs.run, "Contrastive pairs: check a manifest, draw faces, count."))
     from emocircuits.sweep import command as sweeping
 
-    sweeping.options(
-        command("sweep", sweeping.run, "Patch every head, neuron group or position over prompt pairs, exactly.")
-    )
+    sweep = command("sweep", sweeping.run, "Patch every head, neuron group or position over prompt pairs, exactly.")
+    sweep.set_defaults(make_plans=_veena_plans)
+    sweeping.options(sweep)
     return parser
 
 
@@ -102,6 +102,13 @@ def _veena(args: argparse.Namespace) -> dict[str, Any]:
     if args.out:
         _write(args.out, result)
     return result
+
+
+def _veena_plans(model: Any, name: str, circuit: Path | None) -> Callable[..., Any]:
+    """Plans of VEENA by strength, for ``emocircuits sweep --target veena``."""
+    from emocircuits.describe import veena_of
+
+    return veena_of(name, circuit).strengths(model)
 
 
 def _check_file(out: Path | None) -> None:

@@ -51,7 +51,7 @@ def describe(
         raise ValueError("the event is empty; give a sentence such as 'my mom said that the report is ready.'")
     if plan is not None and (circuit is not None or beta is not None or gamma is not None):
         raise ValueError("a plan already says everything; give either a plan, or a circuit with beta and gamma")
-    given = Plan.load(plan) if plan is not None else _veena(model, circuit, beta, gamma)
+    given = Plan.load(plan) if plan is not None else veena_of(model, circuit, beta, gamma)
     loaded, processor = loading.load_model(model)
     chosen = given if isinstance(given, Plan) else given.plan(loaded)
     text = loading.describe_prompt(model, processor, event)
@@ -78,7 +78,17 @@ def describe(
     }
 
 
-def _veena(model: str, circuit: str | Path | None, beta: float | None, gamma: float | None) -> VEENA:
+def veena_of(
+    model: str, circuit: str | Path | None, beta: float | None = None, gamma: float | None = None
+) -> VEENA:  # fmt: skip
+    """VEENA with the settings that a circuit file says, by default that of the embedded model.
+
+    Args:
+        model, circuit, beta, gamma: as for :func:`describe`.
+
+    Raises:
+        ValueError: no circuit is known for the model, or its file cannot be read.
+    """
     if circuit is None:
         if model != loading.EMBEDDED:
             raise ValueError(

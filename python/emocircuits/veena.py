@@ -8,7 +8,9 @@ in Large Vision-Language Models via Cross-Modal Information Flow" (arXiv 2605.21
 from __future__ import annotations
 
 import dataclasses as dc
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
@@ -16,6 +18,9 @@ from emocircuits.circuit import Circuit
 from emocircuits.edits import READINGS, BoostRoute, Edit, Reading, ScaleNeurons
 from emocircuits.families import open_model
 from emocircuits.plan import Plan
+
+if TYPE_CHECKING:
+    from emocircuits.sweep import SweepResult
 
 Where = Literal["split", "both", "prefill", "decode"]
 WHERE = ("split", "both", "prefill", "decode")
@@ -93,3 +98,48 @@ class VEENA:
             if not handle.sees:
                 raise ValueError(f"VEENA needs a vision-language model; {kind!r} is text-only")
         return Plan(self.vee() + self.ena())
+
+    def strengths(self, model: nn.Module) -> Callable[..., Plan]:
+        """Plans of this setting with other strengths: a function of ``beta``, ``gamma`` or any setting by name.
+
+        Raises:
+            ValueError: as :meth:`plan`, which checks the model once, now.
+        """
+        self.plan(model)
+
+        def plan(**changed: Any) -> Plan:
+            return dc.replace(self, **changed).plan()
+
+        return plan
+
+
+def veena_grid(
+    model: nn.Module, prompts: Mapping[str, Any] | Sequence[Mapping[str, Any]], circuit: Circuit | VEENA,
+    betas: Sequence[float], gammas: Sequence[float], metric: Any, *,
+    readings: Reading | Sequence[Reading] | None = None, batch: int | None = None, out: str | Path | None = None,
+    progress: bool = True,
+) -> SweepResult:  # fmt: skip
+    """A metric under every strength of VEENA: axes [beta, gamma], or [reading, beta, gamma].
+
+    Args:
+        model: that the circuit was found in.
+        prompts: model inputs of one row, or a list of them; of several the mean, and each in ``pairs``.
+        circuit: of the model, or a VEENA with all its other settings, whose strengths are replaced.
+        betas, gammas: strengths; 1 turns VEE or ENA off.
+        metric: see :func:`~emocircuits.sweep.plan_grid`, as the arguments after it.
+        readings: of "multiply the attention"; None or one of them: no axis.
+        batch, out, progress: see there.
+
+    Raises:
+        ValueError: as :meth:`VEENA.plan` and :func:`~emocircuits.sweep.plan_grid`, before anything runs.
+    """
+    from emocircuits.sweep import plan_grid
+
+    setting = circuit if isinstance(circuit, VEENA) else VEENA(circuit)
+    axes: dict[str, Sequence[Any]] = {"beta": tuple(betas), "gamma": tuple(gammas)}
+    if isinstance(readings, str):
+        setting = dc.replace(setting, reading=readings)
+    elif readings is not None:
+        axes = {"reading": tuple(readings), **axes}
+    plan = setting.strengths(model)
+    return plan_grid(model, prompts, plan, axes, metric, batch=batch, out=out, progress=progress)

@@ -7,11 +7,11 @@ import re
 from typing import Any
 
 from emocircuits.edits.heads import READINGS
-from emocircuits.sweep import Sweep, SweepResult, interaction
+from emocircuits.sweep import Sweep, SweepResult, command_strengths, interaction
 from emocircuits.sweep.attribution.nodes import METHODS
 from emocircuits.sweep.targets import KINDS
 
-TARGETS = ("routes", "combinations")
+TARGETS = ("routes", "combinations", *command_strengths.TARGETS)
 OPTIONS = {"groups": "neurons", **dict.fromkeys(("edit", "by", "reading", "routes", "edited"), "routes")}
 OPTIONS |= dict.fromkeys(("heads", "top", "size"), "combinations")
 
@@ -28,6 +28,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     sets.add_argument("--heads", metavar="LIST", help="layer.head, such as 3.1,4.7 (default the strongest, by a sweep)")
     sets.add_argument("--top", type=int, metavar="N", help="how many of the strongest (default 10)")
     sets.add_argument("--size", type=int, metavar="N", help="heads in a set (default 2)")
+    command_strengths.options(parser)
     screen = parser.add_argument_group("prescreening: all patches estimated from gradients, the strongest run exactly")
     screen.add_argument("--prescreen", choices=METHODS, help="how patches are estimated (default: all are run)")
     screen.add_argument("--confirm", type=int, metavar="N", help="how many of the strongest are run (default 64)")
@@ -43,6 +44,7 @@ def check(args: argparse.Namespace) -> None:
     for name, target in OPTIONS.items():
         if getattr(args, name) is not None and args.target != target:
             raise ValueError(f"--{'run' if name == 'edited' else name} is for --target {target}, not {args.target}")
+    command_strengths.check(args)
     if args.target == "routes":
         if args.positions != "all":
             raise ValueError("--positions: an edited route acts on all rows of its destination; leave it out")
@@ -80,6 +82,8 @@ def table(
         # With the single heads, which interactions are measured from.
         sizes = sorted({1, args.size or 2})
         return sweep.combinations(heads, size=sizes, positions=positions, top=args.top or 10)
+    if args.target in command_strengths.TARGETS:
+        return command_strengths.table(sweep, args, layers)
     more: dict[str, Any] = {"groups": args.groups or 16} if args.target == "neurons" else {}
     more |= {k: getattr(args, k) for k in ("prescreen", "confirm", "sample") if getattr(args, k) is not None}
     found = getattr(sweep, args.target)(positions=positions, layers=layers, **more)

@@ -24,7 +24,7 @@ from emocircuits.sweep import inputs as given_inputs
 from emocircuits.sweep.branching import Branching, gather
 from emocircuits.sweep.collect import collect
 from emocircuits.sweep.decoding import decode
-from emocircuits.sweep.generated import CPU_BYTES, SHARE, Generated, Said
+from emocircuits.sweep.generated import CPU_BYTES, ROWS, SHARE, Generated, Said
 from emocircuits.sweep.identity import hash_inputs
 from emocircuits.sweep.metrics import Metric, declared
 from emocircuits.sweep.packed import Products
@@ -42,8 +42,6 @@ if TYPE_CHECKING:
 
 Inputs = Mapping[str, Any]
 Axes = Mapping[str, Sequence[Any]]
-ROWS = 256
-"""Rows that are decoded together, where memory allows."""
 CPU_TOKENS, TOKENS = 4096, 65536
 """Tokens of a pass whose logits are read, on a CPU and elsewhere."""
 
