@@ -84,15 +84,20 @@ class Lexicon:
     def _emotion(self) -> dict[str, str]:
         return {w: e for e, words in self.words.items() for w in words}
 
+    def spans(self, text: str) -> list[tuple[int, int, str]]:
+        """``(start, end, emotion)`` of the emotion words in ``text``, in order; negated ones are left out."""
+        tokens = list(re.finditer(r"[^\W\d_]+(?:['’][tT]\b)?", text))
+        words = [t.group().lower() for t in tokens]
+        negated = [w in NEGATIONS or w.endswith(("n't", "n’t")) for w in words]
+        return [
+            (t.start(), t.end(), self._emotion[w])
+            for i, (t, w) in enumerate(zip(tokens, words, strict=True))
+            if w in self._emotion and not any(negated[max(0, i - REACH) : i])
+        ]
+
     def found(self, text: str) -> list[str]:
         """Emotions named in ``text``, in order, repeats kept; negated ones ("not happy", "isn't happy") are not."""
-        tokens = re.findall(r"[^\W\d_]+(?:['’]t\b)?", text.lower())
-        negated = [t in NEGATIONS or t.endswith(("n't", "n’t")) for t in tokens]
-        return [
-            self._emotion[t]
-            for i, t in enumerate(tokens)
-            if t in self._emotion and not any(negated[max(0, i - REACH) : i])
-        ]
+        return [emotion for *_, emotion in self.spans(text)]
 
     def hit(self, text: str, emotion: str) -> float:
         """1.0 where ``text`` names ``emotion`` anywhere, else 0.0: the hit rate of one answer with one gold label.
