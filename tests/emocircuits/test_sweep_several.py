@@ -13,7 +13,7 @@ from models import IMAGE, prompt
 from test_sweep_engine import HEADS, A, B, agree, difference, pair
 
 from emocircuits.scoring.statistics import intervals
-from emocircuits.sweep import Sweep, SweepResult, api, log_prob, logit_diff, progress
+from emocircuits.sweep import Sweep, SweepResult, api, log_prob, logit_diff, progress, several
 from emocircuits.sweep.targets import Target
 
 
@@ -73,7 +73,7 @@ def test_pairs_of_different_length_and_a_metric_each():
     assert sweep.residual("last").labels["pos"] == [0]  # another column in each pair
     with pytest.raises(ValueError, match=r"of these pairs no mean can be taken: result 1 is \[layer 3, pos 10\]"):
         sweep.residual("each")
-    with pytest.raises(ValueError, match=r"pair 2 of 3: positions \[10\]: expected columns inside a prompt of 10"):
+    with pytest.raises(ValueError, match=r"pair 1 of 3: positions \[10\]: expected columns inside a prompt of 8"):
         sweep.residual([10])
 
 
@@ -122,7 +122,7 @@ def test_wrong_pairs_are_refused_before_any_runs():
     sweep = Sweep(model, clean, corrupt, metric, progress=False)
     with pytest.raises(AttributeError, match="base is of one pair; this sweep has 3"):
         _ = sweep.base
-    with pytest.raises(ValueError, match="pair 3 of 3: no token of the prompt is VISUAL"):
+    with pytest.raises(ValueError, match="pair 1 of 3: no token of the prompt is VISUAL"):
         sweep.heads(positions="visual")
 
 
@@ -154,7 +154,27 @@ def test_one_forecast_and_one_bar(capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_what_is_kept_in_memory_is_one_pair(monkeypatch):
+def test_small_runs_stay_in_memory_and_are_not_made_again(monkeypatch):
+    model, clean, corrupt = pairs("llama", (7, 9, 12))
+    made, real = [], api.trace
+    monkeypatch.setattr(api, "trace", lambda *a, **k: (made.append(1), real(*a, **k))[1])
+    sweep = Sweep(model, clean, corrupt, logit_diff(A, B), progress=False)
+    first = sweep.heads()
+    assert torch.equal(sweep.heads().values, first.values)
+    assert len(made) == 2 * 3
+    assert len({id(sweep.several.sweep(i).products) for i in range(3)}) == 1
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] += 1
+    try:
+        with pytest.raises(ValueError, match="is not what it was"):
+            sweep.heads()
+    finally:
+        with torch.no_grad():
+            model.model.layers[0].mlp.up_proj.weight[0, 0] -= 1
+
+
+def test_of_large_runs_one_pair_is_kept_in_memory(monkeypatch):
+    monkeypatch.setattr(several, "KEPT", 0)
     model, clean, corrupt = pairs("llama", (7, 9, 12))
     made, most = [], []
     real = api.trace

@@ -132,7 +132,7 @@ class Sweep:
         self.activations = activations
         refuse_patched(self.handle)
         refuse_hooks(self.handle)
-        self.products = Products(self.handle)
+        self.products = Products.of(self.handle)
         with torch.inference_mode(), self.products:
             runs = []
             for side, given in (("clean", clean), ("corrupt", corrupt)):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from emocircuits.families import Handle
 from emocircuits.sweep.attend import replaced
+from emocircuits.sweep.stale import bits
 
 FEW = 8
 """Rows below which a call costs more than the product."""
@@ -28,6 +30,8 @@ SHARE = 0.25
 """Of the memory that is free, what packed weights may take."""
 GAIN = 0.9
 """Packed products are used where they take at most this share of the time."""
+
+_ALIVE: weakref.WeakValueDictionary[tuple[int, ...], Products] = weakref.WeakValueDictionary()
 
 
 class Products:
@@ -40,10 +44,22 @@ class Products:
         handle: the model; its weights must not change while this object is used.
     """
 
+    @classmethod
+    def of(cls, handle: Handle) -> Products:
+        """Those of a model, shared by all that use them at the same time: the sweeps of several pairs pack once."""
+        weights = [m.weight for m in _layers(handle)]
+        key = id(handle.model), *(int(bits(w)) for w in weights)
+        found = _ALIVE.get(key)
+        if found is None:
+            found = _ALIVE[key] = cls(handle)
+        return found
+
     def __init__(self, handle: Handle) -> None:
+        # Its number is in a key of _ALIVE: no other model may get it while this object lives.
+        self._model = handle.model
         self._parts: list[tuple[nn.Module, Callable[..., Any]]] = []
         self._inside: list[contextlib.AbstractContextManager[None]] = []
-        layers: list[Any] = [m for layer in handle.layers for m in layer.modules() if _plain(m)]
+        layers = _layers(handle)
         weights = {id(m.weight): m.weight for m in layers}
         if layers and _room(weights.values()) and faster(*sorted(layers[0].weight.shape)):
             self._parts = [(m, _forward(m)) for m in layers]
@@ -61,6 +77,10 @@ class Products:
 
     def __exit__(self, *error: Any) -> None:
         self._inside.pop().__exit__(*error)
+
+
+def _layers(handle: Handle) -> list[Any]:
+    return [m for layer in handle.layers for m in layer.modules() if _plain(m)]
 
 
 def _plain(module: nn.Module) -> bool:

@@ -1,7 +1,7 @@
 """Several prompt pairs in one sweep: one after the other, one forecast, one bar, one table with the mean.
 
-Every pair is a sweep of its own, with its own runs of the model and its own folder. Only one pair's runs are in memory
-at a time.
+Every pair is a sweep of its own, with its own runs of the model and its own folder. The runs of the first pairs stay in
+memory while they are small; of the others one pair's are there at a time.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from emocircuits.sweep.api import Sweep
 
 M = TypeVar("M", bound=Callable[..., Any])
+KEPT = 512 << 20
+"""Bytes of activations of pairs that are kept, so that they need not run again for the next table."""
 # Inputs with one row a prompt, whatever the model; rows of pictures are not always one a prompt.
 BY_ROW = ("input_ids", "attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids")
 
@@ -134,7 +136,8 @@ class Several:
         self.make, self.model, self.pairs = make, model, list(pairs)
         self.options = dict(options)
         self.out, self.progress = self.options.pop("out", None), bool(self.options.pop("progress", True))
-        self._kept: tuple[int, Sweep] | None = None
+        self._kept: dict[int, Sweep] = {}
+        self._room = 1
         self._hashes: dict[int, str] = {}
         self._alike: list[Any] = []
         both = []
@@ -149,18 +152,24 @@ class Several:
         self.identity = hashlib.sha256(" ".join(self._hashes.values()).encode()).hexdigest()
 
     def sweep(self, i: int) -> Sweep:
-        """The sweep of one pair; the last one is kept, with all its activations."""
-        if self._kept is None or self._kept[0] != i:
-            self._kept = None  # its memory, before the next one needs as much
-            clean, corrupt, metric = self.pairs[i]
-            known, now = self._hashes.setdefault(i, self._hash(i)), self._hash(i)
-            if known != now:
-                raise ValueError(f"pair {i + 1} of {len(self.pairs)}: its inputs were written into since the first run")
+        """The sweep of one pair. As many are kept, with all their activations, as :data:`KEPT` bytes hold."""
+        clean, corrupt, metric = self.pairs[i]
+        known, now = self._hashes.setdefault(i, self._hash(i)), self._hash(i)
+        if known != now:
+            raise ValueError(f"pair {i + 1} of {len(self.pairs)}: its inputs were written into since the first run")
+        if i not in self._kept:
+            if len(self._kept) >= self._room:
+                self._kept.popitem()  # its memory, before the next one needs as much; the first ones stay
             out = None if self.out is None else Path(self.out) / f"{i + 1:04d}"
             with self._named(i):
                 one = self.make(self.model, clean, corrupt, metric, out=out, progress=False, **self.options)
-            self._kept = i, one
-        return self._kept[1]
+            if not self._kept:
+                self._room = max(1, KEPT // max(1, one.base.bytes + one.source.bytes))
+            self._kept[i] = one
+        else:
+            with self._named(i):
+                self._kept[i].weights.check()
+        return self._kept[i]
 
     def _hash(self, i: int) -> str:
         clean, corrupt, _ = self.pairs[i]
@@ -203,8 +212,7 @@ class Several:
         """Of every pair what will run, and what need not run again. Pairs of one form are planned once."""
         known: dict[Any, tuple[progress.Planned, list[Forecast]]] = {}
         results: dict[int, SweepResult] = {}
-        kept = None if self._kept is None else self._kept[0]
-        for i in sorted(range(len(self.pairs)), key=lambda i: i != kept):
+        for i in sorted(range(len(self.pairs)), key=lambda i: i not in self._kept):
             if self._alike[i] in known:
                 continue
             one = self.sweep(i)
@@ -223,7 +231,7 @@ class Several:
         forecasts = [f for alike in self._alike for f in known[alike][1]]
         if forecasts and self.progress:
             clean = self.pairs[0][0]
-            with torch.no_grad(), self.sweep(0 if self._kept is None else self._kept[0]).products:
+            with torch.no_grad(), self.sweep(next(iter(self._kept), 0)).products:
                 announce(Forecast.sum(forecasts), lambda: self.model(**clean))
         return [known[alike][0] for alike in self._alike], results
 

@@ -60,7 +60,7 @@ class Weights:
                 seen.add(key)
                 facts[where + name] = (tensor.device, tensor.dtype, tuple(tensor.shape))
                 if id(tensor) in summed:
-                    sums[where + name] = _bits(tensor.detach())
+                    sums[where + name] = bits(tensor.detach())
                 elif not tensor.is_inference():
                     facts[where + name] += (tensor._version,)
         if self.kept is not None:
@@ -92,7 +92,7 @@ def _autocast(handle: Handle) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
-def _bits(tensor: Tensor) -> Tensor:
+def bits(tensor: Tensor) -> Tensor:
     """The sum of a tensor's bytes, eight at a time where that is possible, as int64."""
     flat = tensor.contiguous().reshape(-1).view(torch.uint8)
     if len(flat) % 8 == 0 and flat.storage_offset() % 8 == 0:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from emocircuits.families import Handle
 from emocircuits.sweep import attend
-from emocircuits.sweep.memory import NAMES, Host, Where, on_host
+from emocircuits.sweep.memory import NAMES, Host, Where, held, on_host
 
 # Arguments of a decoder layer that have an entry for every column, and in which dimension.
 BY_COLUMN = {"position_embeddings": -2, "position_ids": -1, "cache_position": -1, "text_position_ids": -1}
@@ -99,6 +99,14 @@ class Trace:
     """The prompt that was run: "clean", "corrupt", ..."""
     host: Host | None = None
     """Where the layers' activations are, when not on the device."""
+
+    @property
+    def bytes(self) -> int:
+        """What the activations take, on the host where they are there; what two layers share counts twice."""
+        if self.host is not None:
+            return self.host.bytes
+        fields = [{n: x for n in NAMES if (x := getattr(layer, n)) is not None} for layer in self.layers]
+        return sum(held(found) for found in fields)
 
 
 def first(output: Any) -> Tensor:
