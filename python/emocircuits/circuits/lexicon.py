@@ -131,6 +131,10 @@ class Lexicon:
             )
         return torch.tensor(ids)
 
+    def beginnings(self, tokenizer: Any) -> set[int]:
+        """Ids of all tokens that begin some word of the lexicon, the neutral ones and shared ones too."""
+        return set().union(*self._first(tokenizer).values())
+
     def _first(self, tokenizer: Any) -> dict[str, set[int]]:
         unknown = tokenizer.unk_token_id
         found: dict[str, set[int]] = {}
