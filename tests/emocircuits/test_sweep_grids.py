@@ -146,6 +146,34 @@ def test_rows_part_where_plans_do():
     assert [len(b.prompts) for b in made] == [2 * 5, 2 * 10, 2 * 10]
 
 
+@pytest.mark.parametrize("kind", ["llava", "llava-padded"])
+def test_columns_of_the_image_are_run_once_where_plans_differ_after_it(kind, monkeypatch):
+    model, given = prompts(kind)
+    given = given[-1:]
+    columns = given[0]["input_ids"].shape[1]
+    seen = [[] for _ in range(3)]
+    for layer, module in enumerate(open_model(model).layers):
+        real = module.mlp.forward
+        forward = lambda x, real=real, at=seen[layer]: at.append(tuple(x.shape[:2])) or real(x)  # noqa: E731
+        monkeypatch.setattr(module.mlp, "forward", forward)
+    plan_grid(model, given, split, AXES, logit_diff(A, B), progress=False)
+    # No plan is the same as beta 1 and gamma 1. Neurons change everywhere, from layer 1 on.
+    end = seen[0][0][1]
+    assert 2 < end < columns - 2
+    assert seen == [
+        [(1, end), (5, columns - end)],
+        [(2, end), (10, columns - end)],
+        [(2, end), (10, columns - end)],
+    ]
+    # A metric of an early column is read in one piece.
+    for shapes in seen:
+        shapes.clear()
+    early = plan_grid(model, given, split, AXES, logit_diff(A, B, pos=end - 1), progress=False)
+    assert seen[0] == [(5, columns)]
+    of = lambda x: x[0, end - 1, A] - x[0, end - 1, B]  # noqa: E731
+    torch.testing.assert_close(early.values[None], one_by_one(model, given, split, AXES, of), rtol=0, atol=1e-9)
+
+
 def test_early_ends_and_small_batches():
     model, given = prompts("llava-padded")
     stop = [40, 13, 22, 57, 9, 31, 33, 10, 46, 52, 28, 60, 17, 50]

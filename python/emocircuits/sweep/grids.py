@@ -222,14 +222,13 @@ class PlanRun:
     def _generate(self, rows: Sequence[tuple[int, int]]) -> Tensor:
         """Scores ``[n]`` float64 of what each row says."""
         assert isinstance(self.metric, Generated)
-        which, local, inputs = self._joined(rows)
+        local, inputs = self._joined(rows)
         prompt = self.metric.prompt(self.handle, inputs)
         with self._patched() as patched:
             device, columns = prompt.ids.device, prompt.ids.shape[1]
             plans = torch.tensor([n for _, n in rows], device=device)
             if self.parts:
-                found = patched.rows(local)
-                with patched.parting(found, len(which)):
+                with patched.parting(local, columns - 1) as found:
                     cache, logits = prompt.prefill()
                 gather(cache, found)
                 own = torch.tensor([p for p, _ in local], device=device)
@@ -253,13 +252,12 @@ class PlanRun:
 
     def _read(self, rows: Sequence[tuple[int, int]]) -> Tensor:
         """The metric ``[n]`` float64 of each row's logits."""
-        which, local, inputs = self._joined(rows)
+        local, inputs = self._joined(rows)
         columns = list(self.metric.columns(inputs["input_ids"].shape[1]))
         with self._patched() as patched:
             if self.parts:
-                found = patched.rows(local)
-                with patched.parting(found, len(which)):
-                    logits = self._logits(inputs, columns)
+                with patched.parting(local, columns[0]) as found:
+                    logits = self._logits(inputs, columns, cache=True)
                 logits = logits[found[-1].rows]
             else:
                 patched.follow(torch.tensor([n for _, n in rows], device=inputs["input_ids"].device))
@@ -280,13 +278,15 @@ class PlanRun:
         self._references = {rows[-1][0]: self._references[rows[-1][0]]}  # its plans may go on in the next batch
         return torch.cat(values).double().cpu()
 
-    def _logits(self, inputs: Inputs, columns: list[int]) -> Tensor:
+    def _logits(self, inputs: Inputs, columns: list[int], *, cache: bool = False) -> Tensor:
         """``[n, columns, rows]``, of no more columns than wanted where the model can leave the others out."""
         model: Any = self.handle.model
         options: dict[str, Any] = {}
+        # From the end: the columns before them may have been run apart.
+        columns = [c - inputs["input_ids"].shape[1] for c in columns]
         if "logits_to_keep" in inspect.signature(type(model).forward).parameters:
             options["logits_to_keep"] = torch.tensor(columns, device=inputs["input_ids"].device)
-        logits: Tensor = model(**inputs, use_cache=False, **options).logits
+        logits: Tensor = model(**inputs, use_cache=cache, **options).logits
         logits = logits if options else logits[:, columns]
         return logits if self.metric.rows is None else logits[..., list(self.metric.rows)]
 
@@ -298,12 +298,12 @@ class PlanRun:
         patched.use(self._compiled)
         return patched
 
-    def _joined(self, rows: Sequence[tuple[int, int]]) -> tuple[list[int], list[tuple[int, int]], dict[str, Any]]:
-        """The prompts of some rows, the rows by number of the prompt among them, and the prompts as one batch."""
+    def _joined(self, rows: Sequence[tuple[int, int]]) -> tuple[list[tuple[int, int]], dict[str, Any]]:
+        """Rows by number of the prompt among those of the batch, and these prompts as one batch."""
         which = list(dict.fromkeys(p for p, _ in rows))
         number = {p: i for i, p in enumerate(which)}
         taken = which if self.parts else [p for p, _ in rows]
-        return which, [(number[p], n) for p, n in rows], join([self.prompts[p] for p in taken])
+        return [(number[p], n) for p, n in rows], join([self.prompts[p] for p in taken])
 
 
 def join(prompts: Sequence[Inputs]) -> dict[str, Any]:
