@@ -174,6 +174,28 @@ def test_columns_of_the_image_are_run_once_where_plans_differ_after_it(kind, mon
     torch.testing.assert_close(early.values[None], one_by_one(model, given, split, AXES, of), rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("kind", ["llava", "llava-padded"])
+def test_edits_of_one_role(kind):
+    """What is edited before the image, in it, after it, or in what follows: rows part where they must."""
+    model, given = prompts(kind)
+    v = torch.randn(32, generator=torch.Generator().manual_seed(3))
+
+    def plan(to, by):
+        return Plan(
+            [
+                ScaleNeurons({0: [3, 7, 9, 20], 1: [0, 30]}, 1 + by, to=to),
+                AddVector([1], v, by=by, to=to),
+                BoostRoute([(0, 1), (2, 2)], ("visual", "system"), 1 + by, to=to),
+            ]
+        )
+
+    axes = {"to": ("system", "visual", "query", "last", "generated"), "by": (0.5, 2.0)}
+    found = plan_grid(model, given, plan, axes, logit_diff(A, B), progress=False)
+    agree(found.pairs, one_by_one(model, given, plan, axes), 1e-10)
+    said = plan_grid(model, given, plan, axes, generated(score, limit=LIMIT), progress=False)
+    assert said.texts == texts(model, given, plan, axes)
+
+
 def test_early_ends_and_small_batches():
     model, given = prompts("llava-padded")
     stop = [40, 13, 22, 57, 9, 31, 33, 10, 46, 52, 28, 60, 17, 50]
