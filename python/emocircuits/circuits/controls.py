@@ -1,4 +1,4 @@
-"""Random controls, and the tests that set them beside a circuit (method.md "Controls").
+"""Random controls, and the tests that set them beside a circuit.
 
 A control is as many heads or neurons of the same layers, drawn at random from those that are not in the circuit, or a
 direction of equal norm. Everything is seeded.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses as dc
 from collections.abc import Sequence
+from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
@@ -135,10 +136,11 @@ class Random:
 def against(kind: str, base: np.ndarray, value: np.ndarray, drawn: np.ndarray) -> Random:
     """Set hits ``value [pairs]`` beside random controls ``drawn [draws, pairs]``; ``base [pairs]``: with neither."""
     rates, change = drawn.mean(1), value.mean() - base.mean()
+    values = tuple(map(float, rates))
     # Of a circuit that changes nothing, every draw is at least as far.
     far = (rates - base.mean()) * np.sign(change) >= abs(change) - 1e-12
     return Random(
-        kind, tuple(map(float, rates)), float(rates.mean()), float(rates.std(ddof=1)), float(far.mean()),
+        kind, values, fmean(values), stdev(values), float(far.mean()),
         float((1 + far.sum()) / (1 + len(far))), paired(value, drawn.mean(0)),
     )  # fmt: skip
 

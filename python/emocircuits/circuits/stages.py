@@ -1,4 +1,4 @@
-"""Stage patching: which tokens carry the emotion at which depth (method.md "Stage patching"; arXiv 2605.21980).
+"""Stage patching: which tokens carry the emotion at which depth (arXiv 2605.21980).
 
 In the run on X-, the rows of one role (VISUAL, QUERY or LAST) are set to those of X+ at every layer of one stage, and
 the answer is generated. Beside it stand both runs left alone, and rows moved as far in random directions.
