@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
-PAGE = Path(__file__).parents[2] / "docs" / "steering.md"
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "steering.md"
 
 
 def test_the_code_of_the_page_runs(capsys):
@@ -16,3 +18,9 @@ def test_the_code_of_the_page_runs(capsys):
     assert names["result"].effects.shape == (6, 3)
     assert names["grid"].pairs.shape == (3, 3, 2)
     assert names["pair"].measurable
+
+
+def test_the_numbers_are_those_of_the_record():
+    text = PAGE.read_text(encoding="utf-8")
+    for row in json.loads((ROOT / "bench" / "results" / "veena-grid-cpu.json").read_text())["rows"]:
+        assert f"| {row['grid_seconds']:.2f} s | {row['one_by_one_seconds']:.2f} s |" in text

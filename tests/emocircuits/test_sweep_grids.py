@@ -207,6 +207,22 @@ def test_early_ends_and_small_batches():
     assert len({len(e) for e in expected}) > 2
 
 
+def test_memory_that_runs_out(monkeypatch):
+    model, given = prompts("llava")
+    metric, real, sizes = generated(score, limit=2), PlanRun._generate, []
+    whole = plan_grid(model, given, split, AXES, metric, progress=False)
+
+    def small(self, rows):
+        sizes.append(len(rows))
+        if len(rows) > 6:
+            raise torch.OutOfMemoryError("no more")
+        return real(self, rows)
+
+    monkeypatch.setattr(PlanRun, "_generate", small)
+    assert plan_grid(model, given, split, AXES, metric, progress=False).texts == whole.texts
+    assert max(sizes[3:]) <= 6
+
+
 def vectors(kind, alpha, handle):
     """Every site of vectors and heads, cached keys too."""
     g = torch.Generator().manual_seed(1)

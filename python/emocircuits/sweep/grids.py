@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses as dc
 import inspect
 import itertools
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from emocircuits.sweep import inputs as given_inputs
 from emocircuits.sweep.branching import Branching, gather
 from emocircuits.sweep.collect import collect
 from emocircuits.sweep.decoding import decode
+from emocircuits.sweep.engine import _out_of_memory
 from emocircuits.sweep.generated import CPU_BYTES, ROWS, SHARE, Generated, Said
 from emocircuits.sweep.identity import hash_inputs
 from emocircuits.sweep.metrics import Metric, declared
@@ -194,16 +196,27 @@ class PlanRun:
         )  # fmt: skip
 
     def evaluate(self, variants: Sequence[Variant]) -> Iterator[tuple[slice, Tensor]]:
-        """Values of rows, batch by batch: prompts of one form."""
-        at = 0
+        """Values of rows, batch by batch: prompts of one form. Batches are halved, for good, when memory runs out."""
+        at, limit = 0, sys.maxsize
         while at < len(variants):
             first = self.prompts[variants[at].layer]
-            end, most = at, self.batch or self._rows(first)
+            end, most = at, min(limit, self.batch or self._rows(first))
             while end < len(variants) and end - at < most and _form(self.prompts[variants[end].layer]) == _form(first):
                 end += 1
             rows = [(v.layer, v.unit or 0) for v in variants[at:end]]
-            with torch.no_grad(), self.products:
-                found = self._generate(rows) if isinstance(self.metric, Generated) else self._read(rows)
+            found = None
+            try:
+                with torch.no_grad(), self.products:
+                    found = self._generate(rows) if isinstance(self.metric, Generated) else self._read(rows)
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not _out_of_memory(error) or len(rows) == 1:
+                    raise
+            if found is None:
+                # Only here has the error let go of what the batch had computed.
+                limit = len(rows) // 2
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+                continue
             yield slice(at, end), found
             at = end
 
