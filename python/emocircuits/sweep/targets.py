@@ -167,6 +167,7 @@ class Entry:
     def __init__(self, handle: Handle, decoder: Decoder, target: Target, layer: int, patched: Tensor) -> None:
         self.handle, self.decoder, self.target, self.layer = handle, decoder, target, layer
         self.record = decoder.base.layers[layer]
+        self.mlp = handle.mlps[layer]
         self.patched = patched
 
     def columns(self, column: int | None, start: int, unit: int | None = None) -> tuple[int, ...]:
@@ -201,7 +202,8 @@ class Entry:
             return self.layer, Packed(self.patched[index], groups, point)
         if kind in ("heads", "neurons", "qkv"):
             delta = torch.cat([self._delta(columns, units) for columns, units in parts])
-        if record.additive and kind == "neurons":
+        # Where a norm is between the MLP and the residual stream, what neurons add goes through it.
+        if record.additive and kind == "neurons" and self.handle.sites["mlp_out"][self.layer] is self.mlp:
             return self.layer + 1, Packed(record.resid_post[index] + delta, groups, point)
         if record.additive and kind == "mlp_out":
             added = record.resid_post[index] + (self.patched[index] - record.mlp_out[index])
@@ -219,7 +221,7 @@ class Entry:
                 site = self.handle.sites[kind][self.layer]
                 if site is self.handle.attentions[self.layer]:
                     known = self.decoder.gives_attention(self.layer, self.patched[index])
-                elif site is self.handle.mlps[self.layer]:
+                elif site is self.mlp:
                     known[-1] = self.decoder.gives_mlp(self.layer, self.patched[index])
                 else:
                     given = self.patched[index][None]
