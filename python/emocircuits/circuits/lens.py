@@ -121,8 +121,8 @@ class Lens:
         record = read_record(path, FORMAT, "a logit lens")
         tables = read_tables(path.parent / TENSORS, record["sha256"])
         return cls(
-            *(tables[n] for n in TABLES), tuple(record["ids"]), tuple(record["emotions"]), record["tokens"],
-            record["settings"],
+            tables["entropy"], tables["gold"], tables["others"], tables["random"], tuple(record["ids"]),
+            tuple(record["emotions"]), record["tokens"], record["settings"],
         )  # fmt: skip
 
 
