@@ -113,17 +113,71 @@ def test_a_stopped_one_goes_on(tmp_path, monkeypatch):
         make(out=tmp_path).heads(**{**options, "sample_seed": 1})
 
 
-def test_several_pairs():
+def three(**more):
     model, clean, corrupt = pair("llama")
+    ids = torch.cat([clean["input_ids"], corrupt["input_ids"]])
+    other = {"input_ids": ids[1:].flip(1), "attention_mask": torch.ones_like(ids[1:])}
+    last = {"input_ids": other["input_ids"].clone(), "attention_mask": other["attention_mask"]}
+    last["input_ids"][0, -2] = 12  # of this pair only two columns can change anything
+    sides = [clean, corrupt, other], [corrupt, clean, last]
+    return Sweep(model, *sides, logit_diff(A, B), progress=False, **more)
+
+
+@pytest.mark.parametrize("target", ["heads", "residual"])
+def test_several_pairs_run_the_same_patches(target):
     options = dict(positions="each", prescreen="atp*", confirm=6, sample=4)
-    both = Sweep(model, [clean, corrupt], [corrupt, clean], logit_diff(A, B), progress=False).heads(**options)
-    single = [
-        Sweep(model, a, b, logit_diff(A, B), progress=False).heads(**options)
-        for a, b in ((clean, corrupt), (corrupt, clean))
-    ]
-    torch.testing.assert_close(both.pairs, torch.stack([s.values for s in single]))
-    assert torch.equal(both.exact, single[0].exact & single[1].exact)
-    assert both.meta["prescreen"]["pairs"] == [s.meta["prescreen"] for s in single]
+    sweep = three()
+    found = getattr(sweep, target)(**options)
+    whole = getattr(sweep, target)(positions="each")
+    guess = sweep.attribute(target, "atp*", "each")
+    report = found.meta["prescreen"]
+    assert int(found.exact.sum()) == report["without_effect"] + 10
+    torch.testing.assert_close(found.values[found.exact], whole.values[found.exact], rtol=0, atol=1e-10)
+    torch.testing.assert_close(found.pairs[:, found.exact], whole.pairs[:, found.exact], rtol=0, atol=1e-10)
+    torch.testing.assert_close(found.values[~found.exact], guess.values[~found.exact])
+    # The strongest are those of the mean estimate, among what changes something in a pair.
+    live = (whole.pairs - whole.baselines[:, 1].reshape(-1, *[1] * len(whole.axes))).abs().amax(0) > 0
+    moved = (guess.values - guess.corrupt).abs().where(live, -torch.ones(())).flatten()
+    strongest = moved.argsort(descending=True, stable=True)[:6]
+    assert bool(found.exact.flatten()[strongest].all())
+    truth = (whole.values - whole.corrupt).abs().flatten()
+    assert report["weakest_confirmed"] == pytest.approx(float(truth[strongest].min()))
+    assert report["rank_confirmed"] == pytest.approx(stats.spearmanr(moved[strongest], truth[strongest])[0])
+    assert report["confirmed"] == 6
+    assert report["sampled"] == 4
+
+
+def test_several_screened_pairs_go_on(tmp_path, monkeypatch):
+    options = dict(positions="each", prescreen="atp", confirm=8, sample=4)
+    expected = three().heads(**options)
+    real, calls = Decoder.run, []
+
+    def run(self, layer, packed):
+        calls.append(layer)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return real(self, layer, packed)
+
+    monkeypatch.setattr(Decoder, "run", run)
+    with pytest.raises(KeyboardInterrupt):
+        three(out=tmp_path, batch=1).heads(**options)
+    before = len(calls)
+    found = three(out=tmp_path, batch=1).heads(**options)
+    torch.testing.assert_close(found.values, expected.values, rtol=0, atol=1e-10)
+    assert torch.equal(found.exact, expected.exact)
+    again = len(calls)
+    three(out=tmp_path, batch=1).heads(**options)
+    assert len(calls) == again > before
+
+
+def test_one_pair_in_a_list_is_that_pair():
+    model, clean, corrupt = pair("llama")
+    options = dict(prescreen="atp", confirm=4, sample=3)
+    one = Sweep(model, [clean], [corrupt], logit_diff(A, B), progress=False).heads(**options)
+    alone = Sweep(model, clean, corrupt, logit_diff(A, B), progress=False).heads(**options)
+    assert torch.equal(one.values, alone.values)
+    assert torch.equal(one.exact, alone.exact)
+    assert one.meta["prescreen"] == alone.meta["prescreen"]
 
 
 def test_refusals():

@@ -12,13 +12,14 @@ import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from emocircuits.roles import prompt_roles
 from emocircuits.sweep import progress
+from emocircuits.sweep.attribution.prescreen import Pool, Screen
 from emocircuits.sweep.identity import hash_inputs
 from emocircuits.sweep.planner import Forecast, announce
 from emocircuits.sweep.results import SweepResult
@@ -177,10 +178,11 @@ class Several:
         return " ".join(hash_inputs(side) if isinstance(side, Mapping) else "" for side in (clean, corrupt))
 
     @contextlib.contextmanager
-    def _named(self, i: int) -> Iterator[None]:
-        """Errors say of which pair they are."""
+    def _named(self, i: int, pool: Pool | None = None) -> Iterator[None]:
+        """Errors say of which pair they are, and screened tables are of it."""
         try:
-            yield
+            with contextlib.nullcontext() if pool is None else pool.pair(i):
+                yield
         except (ValueError, TypeError, NotImplementedError) as error:
             if type(error) not in (ValueError, TypeError, NotImplementedError):
                 raise
@@ -188,26 +190,44 @@ class Several:
 
     def run(self, method: Callable[..., SweepResult], args: Sequence[Any], more: Mapping[str, Any]) -> SweepResult:
         """The mean of what a method of a sweep gives for each pair."""
-        plans, results = self._plan(method, args, more)
-        try:
+        pool = self._screened(method, args, more)
+        plans, results = self._plan(method, args, more, pool)
+        with _meant():
             name = SweepResult.mean([plan.table for plan in plans]).meta.get("target", "sweep")
-        except ValueError as error:
-            raise ValueError(f"of these pairs no mean can be taken: {error}") from error
         patches = sum(plan.table.values.numel() for plan in plans)
         bar = progress.Bar(str(name), sum(plan.cost for plan in plans), patches, self.progress)
         with contextlib.closing(bar.bar):
             for i, plan in enumerate(plans):
-                with progress.together(progress.Telling(bar=bar, expected=plan.cost)) as telling, self._named(i):
+                with progress.together(progress.Telling(bar=bar, expected=plan.cost)) as telling, self._named(i, pool):
                     if i not in results:
                         results[i] = method(self.sweep(i), *args, **more)
                     bar.add(telling.expected, 0)  # what did not come as a table
                 SweepResult.mean([results[0], results[i]])  # refuses what planning could not see
         mean = SweepResult.mean([results[i] for i in range(len(plans))])
         mean.meta["of_pairs"] = self.identity
+        if pool is not None:
+            mean.meta["prescreen"] = pool.report(mean)
         return mean
 
-    def _plan(
+    def _screened(
         self, method: Callable[..., SweepResult], args: Sequence[Any], more: Mapping[str, Any]
+    ) -> Pool | None:
+        """Of a prescreened sweep the estimates of all pairs, and what is run in all of them."""
+        if more.get("prescreen") is None:
+            return None
+        pool = Pool(cast(Screen, {k: v for k, v in more.items() if k in Screen.__annotations__}))
+        # Those that are in memory first: of the others one replaces the other.
+        for i in sorted(range(len(self.pairs)), key=lambda i: i not in self._kept):
+            one = self.sweep(i)
+            with self._named(i, pool):
+                method(one, *args, **more)
+            del one
+        with _meant():
+            pool.choose()
+        return pool
+
+    def _plan(
+        self, method: Callable[..., SweepResult], args: Sequence[Any], more: Mapping[str, Any], pool: Pool | None
     ) -> tuple[list[progress.Planned], dict[int, SweepResult]]:
         """Of every pair what will run, and what need not run again. Pairs of one form are planned once."""
         known: dict[Any, tuple[progress.Planned, list[Forecast]]] = {}
@@ -217,7 +237,7 @@ class Several:
                 continue
             one = self.sweep(i)
             one.progress = self.progress
-            with progress.together(progress.Telling(planning=True)) as telling, self._named(i):
+            with progress.together(progress.Telling(planning=True)) as telling, self._named(i, pool):
                 try:
                     # What is not computed table by table is there at once.
                     results[i] = method(one, *args, **more)
@@ -234,6 +254,15 @@ class Several:
             with torch.no_grad(), self.sweep(next(iter(self._kept), 0)).products:
                 announce(Forecast.sum(forecasts), lambda: self.model(**clean))
         return [known[alike][0] for alike in self._alike], results
+
+
+@contextlib.contextmanager
+def _meant() -> Iterator[None]:
+    """Errors are of a mean over pairs."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"of these pairs no mean can be taken: {error}") from error
 
 
 def _alike(one: Sweep) -> tuple[Any, ...]:

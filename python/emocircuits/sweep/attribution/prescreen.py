@@ -5,9 +5,11 @@ The check is that of Kramár et al. 2024 (section 4.3): what the sample shows bo
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses as dc
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
@@ -52,6 +54,65 @@ class Chosen(NamedTuple):
     patch: int
 
 
+class Estimated(NamedTuple):
+    """A table of estimates, and the patches ``[patches]`` bool that can change what is read."""
+
+    guess: SweepResult
+    live: Tensor
+
+
+class Choice(NamedTuple):
+    """What is run of a table: numbers of the strongest estimates and of those drawn among the others.
+
+    ``moved`` ``[patches]`` is how far each is thought to move the metric, ``live`` as in :class:`Estimated`.
+    """
+
+    strongest: list[int]
+    drawn: list[int]
+    moved: Tensor
+    live: Tensor
+
+
+class Pool:
+    """Pairs that are screened together, so that the same patches are run in all of them.
+
+    What ranks a patch is the estimate of what the table shows: the mean over pairs. Each pair is first estimated, then
+    :meth:`choose` decides, then each is run.
+    """
+
+    def __init__(self, screen: Screen) -> None:
+        self.screen = screen
+        self.estimated: dict[int, Estimated] = {}
+        self.choice: Choice | None = None
+
+    @contextlib.contextmanager
+    def pair(self, number: int) -> Iterator[None]:
+        """Screened sweeps within are of this pair."""
+        token = _POOL.set((self, number))
+        try:
+            yield
+        finally:
+            _POOL.reset(token)
+
+    def choose(self) -> None:
+        """Decide what is run, of the estimates of all pairs.
+
+        Raises:
+            ValueError: tables of which no mean can be taken.
+        """
+        found = [self.estimated[i] for i in sorted(self.estimated)]
+        mean = SweepResult.mean([one.guess for one in found])
+        self.choice = _choose(mean, torch.stack([one.live for one in found]).any(0), self.screen)
+
+    def report(self, mean: SweepResult) -> dict[str, Any]:
+        """How good the estimates of the mean were."""
+        assert self.choice is not None
+        return _report(self.choice, mean, self.screen)
+
+
+_POOL: ContextVar[tuple[Pool, int] | None] = ContextVar("pool", default=None)
+
+
 def screened(
     sweep: Sweep, target: Target, units: Sequence[int | None], positions: Positions, layers: Sequence[int] | None,
     screen: Screen,
@@ -59,46 +120,67 @@ def screened(
     """A table with exact values where they were run and estimates elsewhere.
 
     ``exact`` of the result says which; ``meta["prescreen"]`` is the report. Patches that provably change nothing are
-    exact and are neither confirmed nor sampled.
+    exact and are neither confirmed nor sampled. Of a :class:`Pool` that has not chosen yet, the estimates.
 
     Raises:
         ValueError: nothing to confirm, or what :meth:`Sweep.attribute` refuses.
     """
     method = screen["prescreen"]
     assert method is not None
-    confirm, sample, seed = screen.get("confirm", 64), screen.get("sample", 32), screen.get("sample_seed", 0)
+    confirm, sample, seed = _counts(screen)
     if confirm < 1 or sample < 0 or seed < 0:
         raise ValueError(
             f"confirm={confirm}, sample={sample}, sample_seed={seed}: expected at least 1, 0 and 0; leave prescreen= "
             "out to run all patches"
         )
-    guess = estimates(sweep, target, units, method, positions, layers)
     variants = sweep.variants(target, units, positions, layers)[0]
-    with torch.inference_mode():
-        runner = sweep.runner(target)
-        live = np.array([i for i, v in enumerate(variants) if runner.columns(v)], dtype=np.int64)
-    moved = (guess.values - guess.base).abs().flatten().numpy()
-    order = live[np.argsort(-moved[live], kind="stable")]
-    strongest, others = order[:confirm], np.sort(order[confirm:])
+    pool, pair = _POOL.get() or (None, 0)
+    if pool is not None and pair in pool.estimated:
+        found = pool.estimated[pair]
+    else:
+        guess = estimates(sweep, target, units, method, positions, layers)
+        with torch.inference_mode():
+            runner = sweep.runner(target)
+            live = torch.tensor([bool(runner.columns(v)) for v in variants])
+        found = Estimated(guess, live)
+        if pool is not None:
+            pool.estimated[pair] = found
+    if pool is None:
+        choice = _choose(found.guess, found.live, screen)
+        table = _confirmed(sweep, target, variants, found, choice, screen)
+        table.meta["prescreen"] = _report(choice, table, screen)
+        return table
+    return found.guess if pool.choice is None else _confirmed(sweep, target, variants, found, pool.choice, screen)
+
+
+def _counts(screen: Screen) -> tuple[int, int, int]:
+    return screen.get("confirm", 64), screen.get("sample", 32), screen.get("sample_seed", 0)
+
+
+def _choose(guess: SweepResult, live: Tensor, screen: Screen) -> Choice:
+    confirm, sample, seed = _counts(screen)
+    moved = (guess.values - guess.base).abs().flatten()
+    numbers = live.nonzero().flatten()
+    order = numbers[moved[numbers].argsort(descending=True, stable=True)].numpy()
+    others = np.sort(order[confirm:])
     drawn = np.random.default_rng(seed).choice(others, min(sample, len(others)), replace=False)
-    values, exact = guess.values.flatten().clone(), torch.ones(len(variants), dtype=torch.bool)
-    exact[torch.from_numpy(live)] = False
+    return Choice(order[:confirm].tolist(), drawn.tolist(), moved, live)
+
+
+def _confirmed(
+    sweep: Sweep, target: Target, variants: Sequence[Variant], found: Estimated, choice: Choice, screen: Screen
+) -> SweepResult:
+    """The estimates, with the exact values of what was chosen; what changes nothing in this pair need not run."""
+    guess, live = found
+    values, exact = guess.values.flatten().clone(), ~live
     values[exact] = guess.base
-    meta = {k: v for k, v in guess.meta.items() if k not in ("method", "steps")}
-    found: dict[int, float] = {}
-    if len(live):
-        run = sorted({*strongest.tolist(), *drawn.tolist()})
-        found = dict(zip(run, _exact(sweep, target, [variants[i] for i in run], guess, screen), strict=True))
-        values[run] = torch.tensor([found[i] for i in run], dtype=torch.float64)
+    run = [i for i in sorted({*choice.strongest, *choice.drawn}) if live[i]]
+    if run:
+        values[run] = torch.tensor(
+            _exact(sweep, target, [variants[i] for i in run], guess, screen), dtype=torch.float64
+        )
         exact[run] = True
-    told = [
-        (np.array([moved[i] for i in which]), np.array([abs(found[i] - guess.base) for i in which]))
-        for which in (strongest.tolist(), drawn.tolist())
-    ]
-    meta["prescreen"] = {
-        "method": method, "patches": len(variants), "without_effect": len(variants) - len(live), "seed": seed,
-        **_report(*told[0], *told[1]),
-    }  # fmt: skip
+    meta = {k: v for k, v in guess.meta.items() if k not in ("method", "steps")}
     shape = guess.values.shape
     return dc.replace(guess, values=values.reshape(shape), exact=exact.reshape(shape), meta=meta)
 
@@ -120,12 +202,15 @@ def _exact(
     return table.tolist()
 
 
-def _report(guessed: np.ndarray, confirmed: np.ndarray, sampled: np.ndarray, checked: np.ndarray) -> dict[str, Any]:
+def _report(choice: Choice, table: SweepResult, screen: Screen) -> dict[str, Any]:
     """How good the estimates were, from magnitudes: of what was confirmed, and of the random sample of the rest.
 
     ``misses`` of the sample move the metric more than the weakest that was confirmed; ``miss_share_below`` bounds their
     share among all that was not confirmed (Clopper-Pearson, one-sided, 95 %).
     """
+    truth = (table.values - table.base).abs().flatten()
+    guessed, sampled = (choice.moved[which].numpy() for which in (choice.strongest, choice.drawn))
+    confirmed, checked = (truth[which].numpy() for which in (choice.strongest, choice.drawn))
     weakest = float(confirmed.min()) if len(confirmed) else 0.0
     misses = int((checked > weakest).sum())
     bound = None
@@ -133,9 +218,10 @@ def _report(guessed: np.ndarray, confirmed: np.ndarray, sampled: np.ndarray, che
         test = stats.binomtest(misses, len(checked), alternative="less")
         bound = float(test.proportion_ci(CONFIDENCE, method="exact").high)
     return {
-        "confirmed": len(confirmed), "sampled": len(checked), "rank_confirmed": _rank(guessed, confirmed),
-        "rank_sampled": _rank(sampled, checked), "weakest_confirmed": weakest, "misses": misses,
-        "miss_share_below": bound,
+        "method": screen["prescreen"], "patches": len(choice.live), "without_effect": int((~choice.live).sum()),
+        "seed": _counts(screen)[2], "confirmed": len(confirmed), "sampled": len(checked),
+        "rank_confirmed": _rank(guessed, confirmed), "rank_sampled": _rank(sampled, checked),
+        "weakest_confirmed": weakest, "misses": misses, "miss_share_below": bound,
     }  # fmt: skip
 
 
