@@ -47,6 +47,10 @@ SIDES: dict[str, tuple[float, float]] = {"both": (0.5, 0.5), "emotional": (1.0, 
 """Weights of the gradients on X+ and X-."""
 
 
+class NothingToTrace(ValueError):
+    """What the heads write along S is the same with both pictures."""
+
+
 @dc.dataclass(frozen=True)
 class Source:
     """A token that a head reads the emotion from.
@@ -202,7 +206,8 @@ def trace(
         progress: show a progress bar.
 
     Raises:
-        ValueError: there are no heads, or none of them writes along S what tells the two pictures apart.
+        NothingToTrace: no head writes along S what tells the two pictures apart.
+        ValueError: there are no heads, a head that the model does not have, or an unknown reading.
     """
     _check(subject, heads, source, score, follow, at, by, depth, breadth, keep)
     half = halves(pairs.emotions, seed) if half is None else half
@@ -231,7 +236,7 @@ def trace(
         frontier = following
     if not done:
         told = "; ".join(f"head {l}.{h}: {why}" for l, h, why in untraced)
-        raise ValueError(f"there is nothing to trace: {told}")
+        raise NothingToTrace(f"there is nothing to trace: {told}")
     settings = {
         "heads": [list(h) for h in heads], "source": source, "score": score, "follow": follow, "by": by,
         "row": "answer" if answer else "last prompt row", "vectors": "pooled" if pooled else "per emotion",

@@ -27,6 +27,7 @@ class Visit:
         rank, test: ``[E, layer, I]`` shares of the root's change, by emotion, of the neurons below this head, mean over
             each half.
         activity: ``[layer, I]`` mean size of the activations at the source tokens on X+, on the ranking half.
+        signs: ``[layer, I]`` whether neurons fire more (1) or less (-1) there on X+ than on X-, on the ranking half.
         kept: neurons, strongest on the ranking half first; ``told`` are their rank score, score and frequency, and
             ``single`` ``[pairs, kept]`` the shares of every pair.
         worth: its own rank score, score and frequency.
@@ -46,9 +47,10 @@ class Visit:
         self._gradients: list[tuple[Tensor, Tensor]] = []
         self.scores: Tensor = torch.empty(0)
         self.active: Tensor = torch.empty(0)
+        self.changes: Tensor = torch.empty(0)
         self.head_scores: Tensor = torch.empty(0)
         self.head_gradients: Tensor = torch.empty(0)
-        self.rank = self.test = self.activity = self.single = np.empty(0)
+        self.rank = self.test = self.activity = self.signs = self.single = np.empty(0)
         self.head_table = self.head_frequencies = np.empty(0)
         self.kept: list[tuple[int, int]] = []
         self.told: list[tuple[float, float, float]] = []
@@ -115,6 +117,7 @@ class Visit:
                 units, writes = screen
                 score = a * (units[l].to(writes[l]) @ writes[l]).to(a)
             self.scores[which, l], self.active[which, l] = self._like(score), self._like(a.abs())
+            self.changes[which, l] = self._like(a - a_minus)
             self.head_scores[which, l] = self._like(((z - z_minus) * g_head).sum(-1))
             self.head_gradients[which, l] = self._like(g_head)
         self._there, self._gradients = [], []
@@ -158,7 +161,7 @@ class Visit:
         heads, dim = one.z(self.layer).shape[-2:]
         neurons = one.neurons(0).shape[-1]
         wide = torch.promote_types(one.z(self.layer).dtype, torch.float32)
-        self.scores, self.active = (torch.zeros(pairs, self.layer, neurons, dtype=wide) for _ in range(2))
+        self.scores, self.active, self.changes = (torch.zeros(pairs, self.layer, neurons, dtype=wide) for _ in range(3))
         self.head_scores = torch.zeros(pairs, self.layer, heads, dtype=wide)
         self.head_gradients = torch.zeros(pairs, self.layer, heads, dim, dtype=wide)
 
@@ -175,7 +178,9 @@ class Visit:
         change = self.root.plus - self.root.minus
         units = [float(change[half == i].mean()) for i in (0, 1)]
         self.rank, self.test = (self._shares(self.scores, emotions, half, i, units[i]) for i in (0, 1))
-        self.activity = self.active[torch.as_tensor(half == 0)].double().mean(0).numpy()
+        first_half = torch.as_tensor(half == 0)
+        self.activity = self.active[first_half].double().mean(0).numpy()
+        self.signs = self.changes[first_half].mean(0).sign().numpy()
         of_heads = [self._shares(self.head_scores, emotions, half, i, units[i]) for i in (0, 1)]
         self.head_table = np.stack(both(of_heads[0], of_heads[1], by))
         first = _frequencies(self.scores, breadth)
@@ -210,7 +215,7 @@ class Visit:
 
     def drop(self) -> None:
         """Forget what only growing the tree needed."""
-        self.scores = self.active = self.head_scores = self.head_gradients = torch.empty(0)
+        self.scores = self.active = self.changes = self.head_scores = self.head_gradients = torch.empty(0)
 
 
 def _numbers(x: Tensor) -> np.ndarray:

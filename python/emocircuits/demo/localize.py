@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from emocircuits.circuit import Circuit
 from emocircuits.circuits import SteeringVectors, explicit_state_neurons, head_effects, ranked, steering_vectors
-from emocircuits.circuits.neurons import ExplicitNeuron
+from emocircuits.circuits.explicit import ExplicitNeuron
 from emocircuits.demo.cases import Prompts, Scores, answers, contradicting
 from emocircuits.edits import AddVector
 from emocircuits.embedded import faces, language
