@@ -13,15 +13,16 @@ from emocircuits.environment import provenance
 from emocircuits.sweep import Sweep, command_targets
 from emocircuits.sweep.generated import contains, generated
 from emocircuits.sweep.metrics import kl, log_prob, logit_diff
-from emocircuits.sweep.pairs import Prepared, prepare, read_pairs
+from emocircuits.sweep.pairs import Prepared, Prompt, prepare, prepare_prompts, read_pairs, read_prompts
 from emocircuits.sweep.results import SweepResult
-from emocircuits.sweep.targets import KINDS
+from emocircuits.sweep.targets import KINDS, PATCHES
 
 METRICS = ("logit_diff", "log_prob", "kl", "generated")
 EPILOG = """\
 A pairs file holds one JSON object a line: {"clean": "...", "corrupt": "...", "answer": "...", "wrong": "..."}, two
 prompts of as many tokens each, the answer of the clean one and that of the corrupt one; with "clean_image" and
 "corrupt_image" for prompts about images. Of several pairs the table is the mean, with a bootstrap interval over them.
+A file for --resample holds lines {"prompt": "..."}, as long as the pairs' own, with "image" where these have images.
 With --out the results are written while they come in, one folder a pair, and the same command goes on where a killed
 one stopped."""
 
@@ -46,7 +47,15 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--direction", choices=("denoise", "noise"), default="denoise", help="clean into corrupt, or back"
     )
-    parser.add_argument("--patch-with", choices=("clean", "zero", "mean"), default="clean", help="default clean")
+    parser.add_argument(
+        "--patch-with", choices=PATCHES, default="clean",
+        help="values of the other prompt (default clean), zero, their mean, or those of the prompts of --resample",
+    )  # fmt: skip
+    parser.add_argument(
+        "--resample", type=Path, metavar="FILE", help="of --patch-with resample: prompts to draw from, JSONL"
+    )
+    parser.add_argument("--draws", type=int, metavar="N", help="of --patch-with resample: for each patch (default 1)")
+    parser.add_argument("--seed", type=int, metavar="N", help="of --patch-with resample: of the draws (default 0)")
     parser.add_argument("--layers", metavar="LIST", help="such as 0-5,8 (default all)")
     parser.add_argument("--groups", type=int, metavar="N", help="groups of neurons in a layer (default 16)")
     parser.add_argument("--batch", type=int, metavar="N", help="patches at a time (default: what memory allows)")
@@ -70,6 +79,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}: expected at least 1")
     positions, layers = _positions(args.positions), _layers(args.layers)
+    drawn = _resample(args)
     pairs = read_pairs(args.pairs)
     model, processor = load_model(args.model, device=args.device, text=True)
     device = next(model.parameters()).device
@@ -77,10 +87,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         pairs, processor, needs_wrong=args.metric == "logit_diff", device=device, path=args.pairs
     )  # fmt: skip
     _same_length(prepared, positions, args.pairs)
+    resample = {} if drawn is None else {
+        "resample": prepare_prompts(drawn, processor, device=device, path=args.resample),
+        "draws": args.draws or 1, "seed": args.seed or 0,
+    }  # fmt: skip
     sweep = Sweep(
         model, clean=[p.clean for p in prepared], corrupt=[p.corrupt for p in prepared],
         metric=[_metric(args, p, processor) for p in prepared], direction=args.direction, patch_with=args.patch_with,
-        batch=args.batch, out=args.out, progress=not args.json,
+        batch=args.batch, out=args.out, progress=not args.json, **resample,
     )  # fmt: skip
     mean = command_targets.table(sweep, args, positions, layers)
     ids = [p.pair.id for p in prepared]
@@ -157,6 +171,25 @@ def _metric(args: argparse.Namespace, pair: Prepared, processor: Any) -> Any:
         assert pair.wrong is not None
         return logit_diff(pair.answer, pair.wrong)
     return log_prob(pair.answer) if name == "log_prob" else kl()
+
+
+def _resample(args: argparse.Namespace) -> list[Prompt] | None:
+    """The prompts of --resample; options that do not go together are refused before a model is loaded."""
+    if args.patch_with != "resample":
+        for name in ("resample", "draws", "seed"):
+            if getattr(args, name) is not None:
+                raise ValueError(f"--{name} is for --patch-with resample, not {args.patch_with}")
+        return None
+    if args.resample is None:
+        raise ValueError("--patch-with resample needs --resample FILE, the prompts to draw from")
+    if args.prescreen is not None:
+        raise ValueError("--prescreen estimates no patches that are drawn from other prompts; leave it out")
+    prompts = read_prompts(args.resample)
+    if args.draws is not None and not 1 <= args.draws <= len(prompts):
+        raise ValueError(f"--draws {args.draws}: expected 1 to {len(prompts)}, the prompts of {args.resample}")
+    if args.seed is not None and args.seed < 0:
+        raise ValueError(f"--seed {args.seed}: expected at least 0")
+    return prompts
 
 
 def _positions(given: str) -> str | list[int]:

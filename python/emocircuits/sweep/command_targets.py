@@ -103,14 +103,13 @@ def more(result: SweepResult) -> dict[str, Any]:
 
 
 def lines(record: dict[str, Any]) -> list[str]:
-    """What is printed of it: how a prescreen fared, over all pairs."""
+    """What is printed of it: how a prescreen fared."""
     if "prescreen" not in record:
         return []
-    told = record["prescreen"].get("pairs") or [record["prescreen"]]
-    counts = {k: sum(report[k] for report in told) for k in ("patches", "confirmed", "sampled", "misses")}
+    told = record["prescreen"]
     return [
-        f"{told[0]['method']}: {counts['patches']} patches estimated, the {counts['confirmed']} strongest run exactly; "
-        f"of {counts['sampled']} others run as a check {counts['misses']} beat the weakest of these"
+        f"{told['method']}: {told['patches']} patches estimated, the {told['confirmed']} strongest run exactly; "
+        f"of {told['sampled']} others run as a check {told['misses']} beat the weakest of these"
     ]
 
 

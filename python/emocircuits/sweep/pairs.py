@@ -4,21 +4,25 @@
 tokenizer gets them, the token that the clean one should give, and the one that the corrupt one suggests (needed by a
 logit difference). Prompts about images hold the processor's image token and name a file for each side,
 ``"clean_image"`` and ``"corrupt_image"``, relative to the pairs file. ``"id"`` is optional.
+
+A file of single prompts, whose activations are drawn (``patch_with="resample"``), has lines ``{"prompt": "..."}``, with
+``"image"`` where the pairs have images.
 """
 
 from __future__ import annotations
 
 import dataclasses as dc
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 FIELDS = ("id", "clean", "corrupt", "answer", "wrong", "clean_image", "corrupt_image")
+T = TypeVar("T")
 
 
 @dc.dataclass(frozen=True)
@@ -33,6 +37,15 @@ class Pair:
     wrong: str | None = None
     clean_image: Path | None = None
     corrupt_image: Path | None = None
+
+
+@dc.dataclass(frozen=True)
+class Prompt:
+    """One line of a file of prompts."""
+
+    line: int
+    text: str
+    image: Path | None = None
 
 
 @dc.dataclass(frozen=True)
@@ -53,20 +66,7 @@ def read_pairs(path: str | Path) -> list[Pair]:
         ValueError: it cannot be read, or a line is wrong: every wrong line is named, with what is wrong.
     """
     path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot read the pairs ({getattr(error, 'strerror', None) or error})") from error
-    pairs, wrong = [], []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            pairs.append(_pair(number, json.loads(line), path.parent))
-        except json.JSONDecodeError as error:
-            wrong.append(f"line {number}: not JSON ({error.msg} at column {error.colno})")
-        except ValueError as error:
-            wrong.append(f"line {number}: {error}")
+    pairs, wrong = _lines(path, "pairs", _pair)
     names = [pair.id for pair in pairs]
     wrong += [
         f"id {name!r} is there {names.count(name)} times" for name in dict.fromkeys(names) if names.count(name) > 1
@@ -77,24 +77,70 @@ def read_pairs(path: str | Path) -> list[Pair]:
     return pairs
 
 
+def read_prompts(path: str | Path) -> list[Prompt]:
+    """Read a file of prompts.
+
+    Raises:
+        ValueError: it cannot be read, or a line is wrong: every wrong line is named, with what is wrong.
+    """
+    path = Path(path)
+    prompts, wrong = _lines(path, "prompts", _prompt)
+    _refuse(path, wrong)
+    if not prompts:
+        raise ValueError(f"{path}: holds no prompts; expected one JSON object a line")
+    return prompts
+
+
+def _lines(path: Path, what: str, parse: Callable[[int, Any, Path], T]) -> tuple[list[T], list[str]]:
+    """What a file holds, one JSON object a line, and what is wrong with its lines."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot read the {what} ({getattr(error, 'strerror', None) or error})") from error
+    found, wrong = [], []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            found.append(parse(number, json.loads(line), path.parent))
+        except json.JSONDecodeError as error:
+            wrong.append(f"line {number}: not JSON ({error.msg} at column {error.colno})")
+        except ValueError as error:
+            wrong.append(f"line {number}: {error}")
+    return found, wrong
+
+
 def _refuse(path: Path, wrong: list[str]) -> None:
     if wrong:
         more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise ValueError(f"{path}: {'; '.join(wrong[:5])}{more}")
 
 
-def _pair(number: int, record: Any, folder: Path) -> Pair:
+def _texts(record: Any, known: tuple[str, ...], needed: tuple[str, ...]) -> None:
+    """Refuse what is no object of texts with these fields."""
     if not isinstance(record, Mapping):
-        raise ValueError(f"a {type(record).__name__}, expected an object with {', '.join(FIELDS[1:4])}")
-    unknown = [k for k in record if k not in FIELDS]
+        raise ValueError(f"a {type(record).__name__}, expected an object with {', '.join(needed)}")
+    unknown = [k for k in record if k not in known]
     if unknown:
-        raise ValueError(f"unknown field {unknown[0]!r}; known are {', '.join(FIELDS)}")
+        raise ValueError(f"unknown field {unknown[0]!r}; known are {', '.join(known)}")
     for name, value in record.items():
         if not isinstance(value, str) or not value:
             raise ValueError(f"{name} is {value!r}, expected a text")
-    lacking = [k for k in ("clean", "corrupt", "answer") if k not in record]
+    lacking = [k for k in needed if k not in record]
     if lacking:
         raise ValueError(f"lacks {' and '.join(lacking)}")
+
+
+def _prompt(number: int, record: Any, folder: Path) -> Prompt:
+    _texts(record, ("prompt", "image"), ("prompt",))
+    image = folder / record["image"] if "image" in record else None
+    if image is not None and not image.is_file():
+        raise ValueError(f"image {image} is not a file")
+    return Prompt(number, record["prompt"], image)
+
+
+def _pair(number: int, record: Any, folder: Path) -> Pair:
+    _texts(record, FIELDS, ("clean", "corrupt", "answer"))
     if ("clean_image" in record) != ("corrupt_image" in record):
         raise ValueError("has an image on one side only; a pair needs both, or none")
     images: dict[str, Path] = {}
@@ -137,28 +183,60 @@ def prepare(
     return done
 
 
+def prepare_prompts(
+    prompts: list[Prompt], processor: Any, *, device: torch.device | str = "cpu", path: str | Path = "prompts"
+) -> list[dict[str, Any]]:
+    """Model inputs of prompts, one row each.
+
+    Args:
+        prompts: from :func:`read_prompts`.
+        processor, device, path: see :func:`prepare`.
+
+    Raises:
+        ValueError: an image that cannot be opened, or that the model has no processor for.
+    """
+    done, wrong = [], []
+    for prompt in prompts:
+        try:
+            done.append(_encode(prompt.text, prompt.image, processor, device, "prompt", "image"))
+        except ValueError as error:
+            wrong.append(f"line {prompt.line}: {error}")
+    _refuse(Path(path), wrong)
+    return done
+
+
+def _encode(
+    text: str, image: Path | None, processor: Any, device: torch.device | str, side: str, field: str
+) -> dict[str, Any]:
+    """Model inputs of one prompt; ``side`` and ``field`` name it and its image in errors."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if image is None:
+        found = tokenizer(text, return_tensors="pt")
+    elif processor is tokenizer:
+        raise ValueError("has images, and the model has a tokenizer only; use a vision-language model")
+    else:
+        try:
+            with Image.open(image) as opened:
+                picture = opened.convert("RGB")
+        except OSError as error:
+            raise ValueError(f"{field} {image} cannot be opened ({error})") from error
+        try:
+            found = processor(images=picture, text=text, return_tensors="pt")
+        except (ValueError, IndexError, StopIteration) as error:
+            raise ValueError(f"the processor refuses the {side} with its image ({error})") from error
+    inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in found.items()}
+    # Many tokenizers return segment ids that decoders do not take.
+    inputs.pop("token_type_ids", None)
+    return inputs
+
+
 def _prepare(pair: Pair, processor: Any, tokenizer: Any, needs_wrong: bool, device: torch.device | str) -> Prepared:
-    sides = {}
-    for side, text, image in (
-        ("clean", pair.clean, pair.clean_image), ("corrupt", pair.corrupt, pair.corrupt_image),
-    ):  # fmt: skip
-        if image is None:
-            found = tokenizer(text, return_tensors="pt")
-        elif processor is tokenizer:
-            raise ValueError("has images, and the model has a tokenizer only; use a vision-language model")
-        else:
-            try:
-                with Image.open(image) as opened:
-                    picture = opened.convert("RGB")
-            except OSError as error:
-                raise ValueError(f"{side}_image {image} cannot be opened ({error})") from error
-            try:
-                found = processor(images=picture, text=text, return_tensors="pt")
-            except (ValueError, IndexError, StopIteration) as error:
-                raise ValueError(f"the processor refuses the {side} prompt with its image ({error})") from error
-        sides[side] = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in found.items()}
-        # Many tokenizers return segment ids that decoders do not take.
-        sides[side].pop("token_type_ids", None)
+    sides = {
+        side: _encode(text, image, processor, device, f"{side} prompt", f"{side}_image")
+        for side, text, image in (
+            ("clean", pair.clean, pair.clean_image), ("corrupt", pair.corrupt, pair.corrupt_image),
+        )
+    }  # fmt: skip
     a, b = (int(sides[side]["input_ids"].shape[-1]) for side in ("clean", "corrupt"))
     if a != b:
         raise ValueError(
