@@ -1,4 +1,4 @@
-"""The command line: ``emocircuits doctor | demo | veena | data | sweep | bench``.
+"""The command line: ``emocircuits doctor | demo | veena | data | localize | sweep | bench``.
 
 Results go to standard output, progress to standard error. Bad input ends with one line and exit code 2.
 """
@@ -48,6 +48,11 @@ def _parser() -> argparse.ArgumentParser:
     from emocircuits.data import command as pairs
 
     pairs.options(command("data", pairs.run, "Contrastive pairs: check a manifest, draw faces, count."))
+    from emocircuits.circuits import command as localizing
+
+    localizing.options(
+        command("localize", localizing.run, "Find the circuit of a model from contrastive pairs, step by step.")
+    )
     from emocircuits.sweep import command as sweeping
 
     sweep = command("sweep", sweeping.run, "Patch every head, neuron group or position over prompt pairs, exactly.")

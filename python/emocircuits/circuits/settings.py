@@ -1,0 +1,85 @@
+"""Numbers and readings of a localisation: the defaults are method.md's, its other readings are values here."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+
+from emocircuits.circuits.heads import Reads
+from emocircuits.circuits.heads import Rows as HeadRows
+from emocircuits.circuits.injection import ALPHAS, LEAST_DRAWS
+from emocircuits.circuits.subject import Subject
+from emocircuits.sweep.steering import READINGS, ROWS, Reading, Rows
+
+
+@dc.dataclass(frozen=True)
+class Settings:
+    """What a run is asked for.
+
+    Args:
+        seed: of halves, random controls and bootstrap.
+        tau: Stage I keeps a pair when its hit rate on X+ is strictly above this.
+        pooled: one steering vector for all emotions, in place of one each.
+        alphas: strengths of injection.
+        inject_rows: rows that are steered: "all" (default), "prompt", "last".
+        inject_reading: "raw" (default), "relative", "norm-preserving".
+        inject_pairs: pairs of each emotion that are steered.
+        draws: random directions.
+        l_emo: a layer, in place of the one with the largest effect.
+        head_reads: what patching is read by: "projection" (default) or "log-odds".
+        head_rows: rows that are patched: "all" (default) or "last".
+        top: candidates for critical heads.
+        margin: by how much a critical head restores more than random ones.
+        level: of the corrected test.
+        prescreen: attribution patching before exact patching: None (default), "atp", "atp*".
+        confirm: patches that are then run exactly.
+        k: heads of each emotion that are compared.
+    """
+
+    seed: int = 0
+    tau: float = 0.5
+    pooled: bool = False
+    alphas: tuple[float, ...] = ALPHAS
+    inject_rows: Rows = "all"
+    inject_reading: Reading = "raw"
+    inject_pairs: int = 10
+    draws: int = LEAST_DRAWS
+    l_emo: int | None = None
+    head_reads: Reads = "projection"
+    head_rows: HeadRows = "all"
+    top: int = 10
+    margin: float = 0.01
+    level: float = 0.05
+    prescreen: str | None = None
+    confirm: int = 64
+    k: int = 10
+
+    def require(self, subject: Subject) -> None:
+        """Refuse what the model has not, before anything runs.
+
+        Raises:
+            ValueError: what is wrong, and what was expected.
+        """
+        layers, heads = subject.handle.geometry.layers, subject.handle.geometry.heads
+        for name, value, known in (
+            ("inject_rows", self.inject_rows, ROWS),
+            ("inject_reading", self.inject_reading, READINGS),
+            ("head_reads", self.head_reads, ("projection", "log-odds")),
+            ("head_rows", self.head_rows, ("all", "last")),
+        ):
+            if value not in known:
+                raise ValueError(f"{name}={value!r}: expected one of {', '.join(known)}")
+        for name, number, least, most in (
+            ("seed", self.seed, 0, 2**32 - 1),
+            ("inject_pairs", self.inject_pairs, 1, None),
+            ("draws", self.draws, LEAST_DRAWS, None),
+            ("top", self.top, 1, layers * heads),
+            ("confirm", self.confirm, 1, None),
+            ("k", self.k, 1, layers * heads),
+            ("l_emo", self.l_emo, 0, layers - 1),
+        ):
+            if number is not None and (number < least or (most is not None and number > most)):
+                raise ValueError(f"{name}={number}: expected {least} to {most if most is not None else 'any more'}")
+        if not 0 <= self.tau < 1 or not 0 < self.level < 1:
+            raise ValueError(f"tau={self.tau}, level={self.level}: expected numbers from 0 to 1")
+        if not self.alphas or len(set(self.alphas)) < len(self.alphas):
+            raise ValueError(f"alphas={list(self.alphas)}: expected different numbers, at least one")

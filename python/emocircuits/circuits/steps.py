@@ -1,0 +1,171 @@
+"""The steps of a localisation: what each rests on, what it finds, and what it says in a line."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from emocircuits.circuit import Circuit
+from emocircuits.circuits.decoupling import Decoupling, decoupling
+from emocircuits.circuits.heads import Heads, critical_heads
+from emocircuits.circuits.injection import Layers, inject
+from emocircuits.circuits.pairs import Pairs
+from emocircuits.circuits.settings import Settings
+from emocircuits.circuits.steering import TENSORS, SteeringVectors, extract
+from emocircuits.circuits.subject import Subject
+
+
+@dc.dataclass(eq=False)
+class Run:
+    """A localisation under way.
+
+    Attributes:
+        found: result of each step that is done, by name.
+    """
+
+    subject: Subject
+    extract: Pairs
+    analyze: Pairs
+    settings: Settings
+    folder: Path
+    progress: bool
+    found: dict[str, Any] = dc.field(default_factory=dict)
+
+    @property
+    def l_emo(self) -> int:
+        """As given, or as found.
+
+        Raises:
+            ValueError: no layer has an effect.
+        """
+        if self.settings.l_emo is not None:
+            return self.settings.l_emo
+        layers: Layers = self.found["layers"]
+        if layers.l_emo is None:
+            raise ValueError(
+                f"no l_emo: {layers.note} (strengths {', '.join(f'{a:g}' for a in layers.alphas)}); give larger "
+                "strengths (alphas), or name the layer (l_emo)"
+            )
+        return layers.l_emo
+
+    def few(self, each: int) -> Pairs:
+        """The first pairs of every emotion of the analyze split."""
+        count: dict[str, int] = {}
+        which = []
+        for i, emotion in enumerate(self.analyze.emotions):
+            count[emotion] = count.get(emotion, 0) + 1
+            if count[emotion] <= each:
+                which.append(i)
+        return self.analyze.take(which)
+
+
+@dc.dataclass(frozen=True)
+class Step:
+    """One step.
+
+    Attributes:
+        name: in ``run.json``.
+        file: that it writes last.
+        settings: names of those that it depends on.
+        after: steps that it rests on.
+        kind: of its result, with ``load`` and ``save``.
+        find: makes it.
+        tell: what it found, in a line.
+        needless: why there is nothing to find in this run, or "".
+    """
+
+    name: str
+    file: str
+    settings: tuple[str, ...]
+    after: tuple[str, ...]
+    kind: Any
+    find: Callable[[Run], Any]
+    tell: Callable[[Any], str]
+    needless: Callable[[Run], str] = lambda run: ""
+
+
+def _steering(run: Run) -> SteeringVectors:
+    return extract(run.subject, run.extract, tau=run.settings.tau, progress=run.progress)
+
+
+def _steering_told(found: SteeringVectors) -> str:
+    return "kept " + ", ".join(f"{e} {k}/{n}" for e, k, n in zip(found.emotions, found.kept, found.total, strict=True))
+
+
+def _layers(run: Run) -> Layers:
+    s = run.settings
+    return inject(
+        run.subject, run.few(s.inject_pairs), run.found["steering"], alphas=s.alphas, rows=s.inject_rows,
+        reading=s.inject_reading, pooled=s.pooled, draws=s.draws, seed=s.seed, progress=run.progress,
+    )  # fmt: skip
+
+
+def _layers_told(found: Layers) -> str:
+    if found.l_emo is None:
+        return found.note
+    effect = found.effects[found.layers.index(found.l_emo)].mean()
+    return f"l_emo {found.l_emo}, hit rate {effect:+.3f}" + (f" ({found.note})" if found.note else "")
+
+
+def _heads(run: Run) -> Heads:
+    s = run.settings
+    return critical_heads(
+        run.subject, run.analyze, run.found["steering"], run.l_emo, reads=s.head_reads, pooled=s.pooled,
+        rows=s.head_rows, top=s.top, margin=s.margin, level=s.level, prescreen=s.prescreen, confirm=s.confirm,
+        seed=s.seed, progress=run.progress,
+    )  # fmt: skip
+
+
+def _heads_told(found: Heads) -> str:
+    named = ", ".join(f"{c.layer}.{c.head} ({c.effect:.3f})" for c in found.critical)
+    return f"{len(found.critical)} critical of {len(found.candidates)} candidates" + (f": {named}" if named else "")
+
+
+def _decoupled(run: Run) -> Decoupling:
+    return decoupling(run.found["heads"], k=run.settings.k)
+
+
+def _one_emotion(run: Run) -> str:
+    return "" if len(set(run.analyze.emotions)) > 1 else "the pairs have one emotion"
+
+
+STEPS: tuple[Step, ...] = (
+    Step("steering", "steering.json", ("tau",), (), SteeringVectors, _steering, _steering_told),
+    Step(
+        "layers", "layers.json",
+        ("alphas", "inject_rows", "inject_reading", "inject_pairs", "pooled", "draws", "seed"), ("steering",),
+        Layers, _layers, _layers_told,
+    ),
+    Step(
+        "heads", "heads.json",
+        ("l_emo", "head_reads", "head_rows", "pooled", "top", "margin", "level", "prescreen", "confirm", "seed"),
+        ("steering", "layers"), Heads, _heads, _heads_told,
+    ),
+    Step(
+        "decoupling", "decoupling.json", ("k",), ("heads",), Decoupling, _decoupled,
+        lambda found: f"{len(found.general)} general heads, {len(found.specific)} specific", _one_emotion,
+    ),
+)  # fmt: skip
+
+
+def circuit_of(run: Run, fingerprint: str) -> Circuit:
+    """What VEENA takes, from the results of a run."""
+    heads: Heads = run.found["heads"]
+    critical = heads.critical
+    steering: SteeringVectors = run.found["steering"]
+    config: Any = run.subject.model.config
+    settings = {
+        "head_effect": "share of the gap restored by patching z, on pairs that heads were not ranked on",
+        "heads": heads.settings, "layers": run.found["layers"].settings, "tau": steering.tau,
+        "kept": dict(zip(steering.emotions, steering.kept, strict=True)),
+        "l_emo": "given" if run.settings.l_emo is not None else run.found["layers"].settings["l_emo"],
+        "seed": run.settings.seed,
+    }  # fmt: skip
+    return Circuit(
+        str(config.model_type), run.subject.handle.geometry.layers, run.l_emo,
+        tuple((c.layer, c.head) for c in critical),
+        head_effects=tuple(c.effect for c in critical), head_intervals=tuple((c.low, c.high) for c in critical),
+        settings=settings, steering=TENSORS, fingerprint=fingerprint,
+    )  # fmt: skip
