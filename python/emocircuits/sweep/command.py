@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         pairs, processor, needs_wrong=args.metric == "logit_diff", device=device, path=args.pairs
     )  # fmt: skip
     _same_length(prepared, positions, args.pairs)
-    resample = {} if drawn is None else {
+    resample: dict[str, Any] = {} if drawn is None else {
         "resample": prepare_prompts(drawn, processor, device=device, path=args.resample),
         "draws": args.draws or 1, "seed": args.seed or 0,
     }  # fmt: skip
