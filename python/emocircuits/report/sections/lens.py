@@ -35,8 +35,8 @@ def section(folder: Path) -> Section | None:
     text = (
         f"Every row read through the final norm and the unembedding ({settings['vocabulary']} tokens): entropy in "
         f"nats, and the probability of the first sub-tokens of the pair's emotion, of the other emotions (mean), "
-        f"and of as many random tokens ({draws} draws, mean). Unmodified model; shading is the 95 % bootstrap interval over "
-        f"{record['n']} pairs, a filled marker a layer in which the sides differ (q < 0.05). Visual tokens of the "
+        f"and of as many random tokens ({draws} draws, mean). Unmodified model; shading is the 95 % bootstrap interval "
+        f"over {record['n']} pairs, a filled marker a layer in which the sides differ (q < 0.05). Visual tokens of the "
         f"emotional side give the pair's emotion more than every random draw {where}; in layer {last} it has "
         f"{visual['gold']['mean'][last]:.3g}, the other emotions {visual['others']['mean'][last]:.3g} each, random "
         f"tokens {visual['random']['mean'][last]:.3g}."
