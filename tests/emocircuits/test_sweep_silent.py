@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 
+import families_harness as harness
 import pytest
 import sweep_oracle as oracle
 import torch
@@ -13,8 +14,10 @@ from models import IMAGE, VOCAB, build
 from test_sweep_engine import HEADS, A, B, agree, difference, pair
 
 from emocircuits import AddVector, BoostRoute, Plan, ScaleHead, patch
+from emocircuits.families import open_model
 from emocircuits.sweep import Sweep, kl, log_prob, logit_diff
 from emocircuits.sweep.stale import Weights
+from emocircuits.sweep.trace import refuse_lost_cap, trace
 
 METRIC = logit_diff(A, B)
 
@@ -324,3 +327,13 @@ def test_positions_of_the_prompts_own():
     found = Sweep(model, clean, corrupt, METRIC, progress=False).heads("each", layers=[0, 1])
     expected = oracle.sweep(model, corrupt, clean, "heads", difference, "each", HEADS, layers=[0, 1])
     agree(found.values, expected, 1e-10, found.gap)
+
+
+def test_attention_that_loses_the_cap_of_its_logits():
+    model, _, make_inputs, _ = harness.built("Gemma 2")
+    inputs = make_inputs(1, "none")
+    logits = trace(open_model(model), inputs, "clean")[1]
+    refuse_lost_cap(open_model(model), inputs, logits)
+    model.config._attn_implementation_internal = "sdpa"  # which old releases choose by themselves
+    with pytest.raises(ValueError, match="without its cap of attention logits; load it with attn_impl"):
+        refuse_lost_cap(open_model(model), inputs, logits)

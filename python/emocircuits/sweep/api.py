@@ -50,7 +50,7 @@ from emocircuits.sweep.targets import (
     same_frame,
     values,
 )
-from emocircuits.sweep.trace import refuse_hooks, trace
+from emocircuits.sweep.trace import refuse_hooks, refuse_lost_cap, trace
 from emokernels import Role
 
 if TYPE_CHECKING:
@@ -140,6 +140,8 @@ class Sweep:
                 both = 2 if (side, direction) == ("clean", "denoise") else 1
                 run, logits = trace(self.handle, given, side, activations, both)
                 finish = finishing(self.handle, run, logits)
+                if side == "clean":
+                    refuse_lost_cap(self.handle, given, logits)
                 runs.append(run)
                 del logits
             clean_run, corrupt_run = runs

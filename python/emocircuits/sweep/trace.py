@@ -128,6 +128,30 @@ def refuse_hooks(handle: Handle) -> None:
 
 
 @torch.no_grad()
+def refuse_lost_cap(handle: Handle, inputs: Mapping[str, Any], logits: Tensor) -> None:
+    """Some releases of transformers run models that cap their attention logits on SDPA without the cap.
+
+    Args:
+        handle: the model.
+        inputs: of one row.
+        logits: of a traced run, with the cap, ``[T, vocabulary]``.
+
+    Raises:
+        ValueError: the model as it is loaded computes something else.
+    """
+    if handle.softcap is None or handle.text_config._attn_implementation == "eager":
+        return
+    own = handle.model(**{**inputs, "use_cache": False}).logits[0, -1].float()
+    near = 2e-2 if logits.element_size() == 2 else 1e-4
+    if not torch.allclose(own, logits[-1].float(), rtol=0, atol=near * float(own.abs().max())):
+        raise ValueError(
+            f"this release of transformers runs {type(handle.model).__name__} on "
+            f"{handle.text_config._attn_implementation!r} attention without its cap of attention logits; load it with "
+            "attn_implementation='eager', or use a newer release"
+        )
+
+
+@torch.no_grad()
 def trace(
     handle: Handle, inputs: Mapping[str, Any], side: str, activations: Where = "auto", runs: int = 1
 ) -> tuple[Trace, Tensor]:
