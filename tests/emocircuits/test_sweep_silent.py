@@ -12,6 +12,9 @@ import torch
 from families_vision_models import VISION
 from models import IMAGE, VOCAB, build
 from test_sweep_engine import HEADS, A, B, agree, difference, pair
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from emocircuits import AddVector, BoostRoute, Plan, ScaleHead, patch
 from emocircuits.families import open_model
@@ -334,6 +337,12 @@ def test_attention_that_loses_the_cap_of_its_logits():
     inputs = make_inputs(1, "none")
     logits = trace(open_model(model), inputs, "clean")[1]
     refuse_lost_cap(open_model(model), inputs, logits)
-    model.config._attn_implementation_internal = "sdpa"  # which old releases choose by themselves
+
+    def without(*given, softcap=None, **more):  # as old releases run SDPA, which they choose by themselves
+        return sdpa_attention_forward(*given, **more)
+
+    AttentionInterface.register("without_cap", without)
+    AttentionMaskInterface.register("without_cap", sdpa_mask)
+    model.set_attn_implementation("without_cap")
     with pytest.raises(ValueError, match="without its cap of attention logits; load it with attn_impl"):
-        refuse_lost_cap(open_model(model), inputs, logits)
+        Sweep(model, inputs, {**inputs, "input_ids": inputs["input_ids"].flip(1)}, METRIC, progress=False)
