@@ -63,6 +63,25 @@ def test_family(name):
             assert float((found - expected).abs().max()) <= tolerance * size_of
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["Llama", "Gemma 2", "GPT-NeoX", "PaliGemma 2"])
+def test_low_precision(name, dtype):
+    """In the dtypes models come in, as far from the same weights in float64 as the hook loop is, or about."""
+    model, make_inputs = harness.BUILDERS[name](dtype)
+    clean, corrupt = pair(model, make_inputs)
+    sweep = Sweep(model, clean, corrupt, logit_diff(A, B), progress=False)
+    exact = harness.BUILDERS[name](dtype)[0].double()
+    wide = [{k: v.double() if v.is_floating_point() else v for k, v in given.items()} for given in (corrupt, clean)]
+    columns = [sweep.first, sweep.columns - 1]
+    for kind in ("residual", "attn_out"):
+        found = getattr(sweep, kind)(positions=columns, layers=[0, 1]).values
+        by = [kind, lambda x: (x[0, -1, A] - x[0, -1, B]).double(), columns]
+        loop = oracle.sweep(model, corrupt, clean, *by, layers=[0, 1], where=place)
+        truth = oracle.sweep(exact, *wide, *by, layers=[0, 1], where=place)
+        noise = float((loop - truth).abs().max())
+        assert float((found - truth).abs().max()) <= 4 * noise + torch.finfo(dtype).eps * float(truth.abs().max())
+
+
 @pytest.mark.parametrize("name", ["Gemma 3 (vision)", "PaliGemma"])
 def test_patches_reach_back_inside_an_image(name):
     """Where an image attends to all of itself, a patch changes columns before it, the metric's among them."""

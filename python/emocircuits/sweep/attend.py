@@ -94,7 +94,7 @@ def heads(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scalin
         key, value, grouped = _repeat(key, query.shape[1]), _repeat(value, query.shape[1]), False
     if cap is None:
         return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=grouped)
-    return _weights(scores(query, key, mask, scaling, cap)) @ _repeat(value, query.shape[1])
+    return _weights(scores(query, key, mask, scaling, cap)).to(value.dtype) @ _repeat(value, query.shape[1])
 
 
 def scores(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, cap: float | None) -> Tensor:
