@@ -71,16 +71,25 @@ class Fluency:
         self.subject, self.pairs, self.batch = subject, pairs, batch
         self._known: dict[tuple[Side, int, Ids], float] = {}
 
-    def perplexity(self, said: Said) -> np.ndarray:
+    def perplexity(self, *said: Said) -> np.ndarray:
         """``[plans]``: exp of the mean over all tokens of all answers of ``-log p(token | prompt, tokens before)``.
 
         Teacher-forced, without any plan. Answers of no tokens count for none.
+
+        Args:
+            said: answers under the same plans; of several (both sides) all tokens count alike.
         """
-        self._score(said)
+        for one in said:
+            self._score(one)
         values = []
-        for row in said.ids:
-            total = sum(self._known[said.side, i, ids] for i, ids in enumerate(row) if ids)
-            values.append(np.exp(total / max(1, sum(map(len, row)))))
+        for rows in zip(*(one.ids for one in said), strict=True):
+            known = [
+                (self._known[one.side, i, ids], len(ids))
+                for one, row in zip(said, rows, strict=True)
+                for i, ids in enumerate(row)
+                if ids
+            ]
+            values.append(np.exp(sum(v for v, _ in known) / max(1, sum(n for _, n in known))))
         return np.array(values)
 
     def _score(self, said: Said) -> None:
