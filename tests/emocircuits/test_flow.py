@@ -1,17 +1,22 @@
 """Information flow: against autograd through Hugging Face's eager attention in float64, and on the planted circuit."""
 
+import types
+
 import families_harness as harness
 import families_vision_models as tiny
 import numpy as np
 import planted
 import pytest
 import torch
-from circuit_pairs import planted_pairs
+from circuit_pairs import face_pairs, planted_pairs
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from emocircuits.circuits.answers import forced, own_answers, read
 from emocircuits.circuits.flow import FILE, TENSORS, Flow, information_flow, route_flow
 from emocircuits.circuits.lexicon import Lexicon
 from emocircuits.circuits.pairs import SIDES
+from emocircuits.circuits.subject import Subject
 from emocircuits.families import open_model
 from emocircuits.roles import prompt_roles
 from emokernels import Role
@@ -62,6 +67,7 @@ def test_saliency_is_that_of_autograd(name, padding, exact_eager):
     assert all(p.requires_grad for p in model.parameters())
     saliency, weights, loss = blocks(model, inputs, roles, targets)
     assert (found.loss - loss).abs().max() < 1e-12
+    assert found.agree.max() < 1  # the targets are no answers
     text = slice(int(Role.SYSTEM), None)  # what padding attends to means nothing
     for ours, theirs in ((found.saliency, saliency), (found.weights, weights)):
         assert (ours - theirs)[:, :, text].abs().max() < 1e-10 * theirs.abs().max()
@@ -88,6 +94,7 @@ def found(pairs):
 def test_flow_follows_the_planted_heads(found, pairs):
     assert set(found.said[0]) == {"glad", "gloomy", "furious", "scared"}
     assert set(found.said[1]) == {"calm"}
+    assert found.settings["forced_tokens_likeliest"] == 1.0
     for to, source, (layer, _) in (("query", "visual", planted.READER), ("last", "query", planted.TELLER)):
         here, other = found.of(to, source), found.of(to, source, "neutral")
         assert (here.argmax(1) == layer).all()
@@ -179,4 +186,86 @@ def test_a_forced_answer_is_what_the_model_says(pairs):
             alone = subject.model(**part.take([b]).inputs(subject, "emotional")).logits
         assert torch.allclose(logits[b, -len(tail) - 1], alone[0, -1], atol=1e-4)
     assert (inputs["attention_mask"].bool() == (roles != int(Role.PAD))).all()
-    assert SIDES == ("emotional", "neutral")
+
+
+class Stub:
+    """What `forced` needs of a subject, for models that have no processor here."""
+
+    def __init__(self, model):
+        self.handle = open_model(model)
+        self.tokenizer = types.SimpleNamespace(pad_token_id=harness.PAD)
+
+    def roles(self, inputs):
+        return prompt_roles(inputs["input_ids"], inputs["attention_mask"].bool(), self.handle.placeholder_ids())
+
+
+@pytest.mark.parametrize("name", ["LLaVA 1.5", "Qwen2-VL", "Qwen3-VL", "Gemma 3 (vision)", "InternVL", "Idefics3"])
+def test_forcing_is_generating_in_every_family(name):
+    """Token types, three-dimensional positions, features between layers; rows of different length, padded anew."""
+    model, make_inputs = harness.BUILDERS[name](torch.float64)
+    inputs = make_inputs(3, "left")
+    tokens, logits = harness.generate(model, inputs)
+    longer, roles = forced(Stub(model), inputs, [row[:2].tolist() for row in tokens])
+    assert (roles[:, -2:] == int(Role.GENERATED)).all()
+    with torch.no_grad():
+        again = model(**longer).logits[:, -3:]
+    assert (again - logits).abs().max() < 1e-5 * logits.abs().max()
+    shorter, _ = forced(Stub(model), inputs, [[], tokens[1, :1].tolist(), tokens[2, :2].tolist()])
+    with torch.no_grad():
+        again = model(**shorter).logits[:, -1]
+    assert (again - logits[[0, 1, 2], [0, 1, 2]]).abs().max() < 1e-5 * logits.abs().max()
+
+
+def test_words_of_several_tokens_are_found_whole():
+    text = "i feel heartbroken , not happy . she is Delighted! we are sad about it"
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(["she is heart", "we feel broken", "i feel sad"] * 3, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    subject = types.SimpleNamespace(tokenizer=fast, lexicon=Lexicon.english())
+    ids = fast(text)["input_ids"]
+    words = read(subject, ids).words
+    assert [(w.text, w.emotion) for w in words] == [("heartbroken", "sad"), ("Delighted", "happy"), ("sad", "sad")]
+    assert [fast.decode(ids[w.start : w.stop]).strip() for w in words] == ["heartbroken", "Delighted", "sad"]
+    assert words[0].stop - words[0].start > 2
+
+
+@pytest.mark.parametrize("loss", ["emotion words", "answer"])
+def test_flow_of_whole_sentences_is_that_of_autograd(tmp_path, loss, exact_eager):
+    """The embedded model, whose emotion word is not its first, one prompt at a time and without padding."""
+    subject = Subject.embedded()
+    subject.model.double()
+    pairs = face_pairs(tmp_path, [101_000], emotions=("sad", "happy"))
+    found = information_flow(subject, pairs, loss=loss, batch=1, progress=False)
+    causal = [(a, b) for a in range(1, R) for b in range(1, R)]
+    for s, side in enumerate(SIDES):
+        for i in range(2):
+            one = pairs.take([i])
+            inputs = one.inputs(subject, side)
+            text = subject.generate(one.images(side), one.events)[0]
+            assert found.said[s][i] == text
+            ids = subject.tokenizer(f" {text}", add_special_tokens=False)["input_ids"]
+            assert subject.tokenizer.decode(ids).strip() == text
+            word = [n for n, t in enumerate(ids) if subject.lexicon.found(subject.tokenizer.decode([t]))]
+            counted = word if loss == "emotion words" else list(range(len(ids)))
+            tail = torch.tensor([ids[: counted[-1]]])
+            roles = torch.cat([subject.roles(inputs), torch.full_like(tail, int(Role.GENERATED))], 1)
+            last = inputs["input_ids"].shape[1] - 1
+            inputs["input_ids"] = torch.cat([inputs["input_ids"], tail], 1)
+            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+            targets = torch.full_like(inputs["input_ids"], -1)
+            for k in counted:
+                targets[0, last + k] = ids[k]
+            saliency, weights, nats = blocks(subject.model, inputs, roles, targets)
+            assert found.loss[s, i] == pytest.approx(float(nats))
+            kinds = roles[0].tolist()
+            for to, source in causal:
+                pairs_of = sum(kinds[a] == to and kinds[b] == source for a in range(len(kinds)) for b in range(a + 1))
+                if pairs_of:
+                    at = found.routes.index((Role(to).name.lower(), Role(source).name.lower()))
+                    expected = saliency[0, :, to, source].numpy() / pairs_of
+                    assert np.allclose(found.saliency[s, i, :, at], expected, rtol=1e-8, atol=1e-15)
+                    expected = weights[0, :, to, source].numpy() / kinds.count(to)
+                    assert np.allclose(found.mass[s, i, :, at], expected, rtol=1e-8)

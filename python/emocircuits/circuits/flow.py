@@ -46,6 +46,7 @@ class Measured(NamedTuple):
         pairs: ``[B, L, R, R]`` pairs of tokens in a block.
         rows: ``[B, L, R]`` its rows.
         loss: ``[B]``.
+        agree: ``[B]``, share of the targets that are the likeliest token where they should be emitted.
     """
 
     saliency: Tensor
@@ -53,6 +54,7 @@ class Measured(NamedTuple):
     pairs: Tensor
     rows: Tensor
     loss: Tensor
+    agree: Tensor
 
 
 @dc.dataclass(frozen=True, eq=False)
@@ -163,7 +165,7 @@ def information_flow(
     pairs, said, left_out = speaking(subject, pairs, wordless=wordless, batch=max(batch, 32), progress=progress)
     layers = subject.handle.geometry.layers
     sums = np.zeros((4, 2, len(pairs), layers, R, R))
-    losses = np.zeros((2, len(pairs)))
+    losses, agree = np.zeros((2, len(pairs))), np.zeros((2, len(pairs)))
     with tqdm(total=2 * len(pairs), desc="information flow", disable=not progress) as bar:
         for side, name in enumerate(SIDES):
             for which, part in pairs.batches(batch):
@@ -174,6 +176,7 @@ def information_flow(
                     sums[i, side, which] = table.cpu().numpy()
                 sums[3, side, which] = found.rows.cpu().numpy()[..., None]
                 losses[side, which] = found.loss.cpu().numpy()
+                agree[side, which] = found.agree.cpu().numpy()
                 bar.update(len(which))
     saliency, weights, count, rows = sums
     named = [(a, b) for a in Role for b in Role if Role.PAD not in (a, b) and count[..., a, b].any()]
@@ -185,6 +188,8 @@ def information_flow(
         "loss": loss, "answer": "the model's own, greedy, forced", "of_tokens": "mean", "heads": "mean",
         "divided_by": "pairs of tokens that attention may connect", "model": "unmodified", "wordless": wordless,
         "lexicon": subject.lexicon.name, "asked": len(pairs) + len({x.id for x in left_out}), "margin": margin,
+        # Below 1 where generation is more than the likeliest token (penalties), or rounding decides.
+        "forced_tokens_likeliest": float(agree.mean()),
         "interval": "95 % bootstrap over pairs", "test": "Wilcoxon, two-sided, Benjamini-Hochberg", "seed": seed,
     }  # fmt: skip
     texts = [tuple(a.text for a in said[s]) for s in SIDES]
@@ -245,6 +250,7 @@ def route_flow(model: nn.Module, inputs: dict[str, Tensor], roles: Tensor, targe
         wanted = targets[:, first:]
         chosen = wide.gather(-1, wanted.clamp_min(0)[..., None])[..., 0]
         loss = -(chosen * (wanted >= 0)).sum(1) / counts.sum(1)
+        agree = (logits.argmax(-1) == wanted).sum(1) / counts.sum(1)
         # Rows of a batch do not touch each other: gradients of the sum are those of each.
         gradients = seen.gradients(loss.sum(), [("z", layer) for layer in range(len(handle.layers))])
     tables: list[list[Tensor]] = [[], [], [], []]
@@ -262,7 +268,7 @@ def route_flow(model: nn.Module, inputs: dict[str, Tensor], roles: Tensor, targe
             tables[2].append(of_pairs)
             tables[3].append(of_rows)
     saliency, weights, of, rows = (torch.stack(t, 1).double() for t in tables)
-    return Measured(saliency, weights, of, rows, loss.detach().double())
+    return Measured(saliency, weights, of, rows, loss.detach().double(), agree.double())
 
 
 def _counts(call: Tapped) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,8 @@ def section(folder: Path) -> Section | None:
     peaks = [f"{_name(r)} in layer {_peak(r)}" for r in routes]
     text = (
         "Saliency |A dL/dA|, mean over heads, divided by the number of token pairs of a route. L is the cross-entropy "
-        f"of {loss} the model's own answer to each side, which is forced. Average over {n} of {settings['asked']} "
+        f"of {loss} the model's own answer to each side, which is forced ({settings['forced_tokens_likeliest']:.1%} of "
+        f"its counted tokens are the likeliest there). Average over {n} of {settings['asked']} "
         "pairs on the unmodified model; shading is the 95 % bootstrap interval over pairs, a filled marker a layer in "
         "which the sides differ (q < 0.05). On the emotional side the largest saliency is found on "
         + ", ".join(peaks)
