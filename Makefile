@@ -8,8 +8,9 @@ export OMP_NUM_THREADS ?= $(THREADS)
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-# Tests of what a plan does to models of transformers.
-COMPAT := $(addprefix tests/emocircuits/test_,patching.py edits.py generation.py families_text.py families_vision.py capture.py presets.py)
+# Tests of what plans and sweeps do to models of transformers.
+COMPAT := $(addprefix tests/emocircuits/test_,patching.py edits.py generation.py families_text.py families_vision.py capture.py presets.py \
+	sweep_engine.py sweep_decoding.py sweep_silent.py sweep_several.py sweep_steering.py)
 OLDEST := $(VENV)/transformers-5.17
 
 .PHONY: help install demo test compat lint audit bench gpu clean
