@@ -100,13 +100,15 @@ def traced_candidates(
 ) -> Candidates:  # fmt: skip
     """Neurons that critical heads get the emotion from, and that do not spell emotion words.
 
-    One that several heads of the trees get it from is scored where its score on the ranking half is largest.
+    One that several heads of the trees get it from is scored where it moves the stream most along the root's S on the
+    ranking half: a large share of a head that hardly changes counts for little.
     """
     best: dict[Place, tuple[float, Visit, int]] = {}
     for visit in trees.visits:
+        change = float((visit.root.plus - visit.root.minus)[half == 0].mean())
         for j, (place, told) in enumerate(zip(visit.kept, visit.told, strict=True)):
-            if place not in best or told[0] > best[place][0]:
-                best[place] = told[0], visit, j
+            if place not in best or told[0] * change > best[place][0]:
+                best[place] = told[0] * change, visit, j
     ordered = sorted(best, key=lambda p: -best[p][0])
     shape = subject.handle.geometry.layers, subject.handle.geometry.neurons
     signs, activity, seen = np.zeros(shape), np.zeros(shape), np.zeros((shape[0], 1))
@@ -129,7 +131,8 @@ def traced_candidates(
     single = [v.single[:, best[p][2]] for v, p in zip(visits, kept, strict=True)]
     return Candidates(
         CONTEXTUAL, kept, [names[e] for e in own], [_sign(signs[p]) for p in kept], tokens, counts,
-        [(v.root.layer, v.root.head) for v in visits], [best[p][0] for p in kept],
+        [(v.root.layer, v.root.head) for v in visits],
+        [v.told[best[p][2]][0] for v, p in zip(visits, kept, strict=True)],
         np.stack(single, 1) if kept else np.zeros((len(half), 0)), activity / np.maximum(seen, 1),
         lambda i, neurons: visits[i].test[own[i], kept[i][0], list(neurons)],
     )  # fmt: skip
