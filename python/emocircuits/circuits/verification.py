@@ -93,7 +93,7 @@ class Verification:
             )
             for c in record["checks"]
         )
-        base = {side: tuple(hits) for side, hits in record["base"].items()}
+        base: dict[str, tuple[float, ...]] = {side: tuple(hits) for side, hits in record["base"].items()}
         return cls(base, checks, tuple(record["emotions"]), record["settings"])
 
 
@@ -158,7 +158,7 @@ def verify(
         "enhance": float(enhance), "draws": draws, "seed": seed, "rows": "all, prompt and answer",
         "lexicon": subject.lexicon.name, "limit": subject.limit, "correction": "Benjamini-Hochberg over all checks",
     }  # fmt: skip
-    base = {side: tuple(rates[0].tolist()) for side, rates in hits.items()}
+    base: dict[str, tuple[float, ...]] = {side: tuple(rates[0].tolist()) for side, rates in hits.items()}
     return Verification(base, checks, tuple(pairs.emotions), settings)
 
 
