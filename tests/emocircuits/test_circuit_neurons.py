@@ -8,10 +8,13 @@ import torch
 from circuit_pairs import planted_pairs
 
 from emocircuits import Circuit
+from emocircuits.circuits.activations import by_role
 from emocircuits.circuits.neuron_effects import matched, patched_neurons
 from emocircuits.circuits.neurons import FILE, TABLE, Neurons, critical_neurons
 from emocircuits.circuits.steering import extract
 from emocircuits.circuits.tracing import FILE as TREES
+from emocircuits.report.sections.neurons import section
+from emokernels import Role
 
 HEADS = [planted.READER, planted.TELLER]
 L_EMO = planted.TELLER[0]
@@ -119,6 +122,24 @@ def test_effects_are_those_of_a_hook_loop(made, steering, reads, rows):
             assert gaps[i, j] == pytest.approx(clean - corrupt, rel=1e-6)
 
 
+def test_activations_by_role_are_those_of_plain_hooks(made):
+    subject = planted.subject(dtype=torch.float64)
+    pairs = made[1].take([0, 1, 2])  # events of different length, so that there is padding
+    places = [(3, 11), (0, 5), (3, 2)]
+    found = by_role(subject, pairs, places, batch=2)
+    for side in ("emotional", "neutral"):
+        values = {}
+        for i in range(3):
+            inputs = pairs.take([i]).inputs(subject, side)
+            kept = oracle.record(subject.model, inputs, "neurons")
+            for column, role in enumerate(subject.roles(inputs)[0].tolist()):
+                values.setdefault(role, []).append([float(kept[l][column, n]) for l, n in places])
+        assert {Role[name.upper()] for name in found[0][side]} == set(values)
+        for role, rows in values.items():
+            mean = [f[side][Role(role).name.lower()] for f in found]
+            assert np.allclose(mean, np.mean(rows, 0), rtol=1e-4, atol=1e-6)
+
+
 def test_a_folder_gives_back_everything(found, tmp_path):
     import pandas as pd
 
@@ -128,6 +149,10 @@ def test_a_folder_gives_back_everything(found, tmp_path):
     assert table.effect.tolist() == [n.effect.effect for n in found.neurons]
     assert table[table.critical & (table.type == "contextual")]["head"].unique().tolist() == ["1.2"]
     assert (tmp_path / TREES).is_file()
+    page = section(tmp_path)
+    assert "4 explicit-state neurons and 4 contextual triggers" in page.text
+    assert "<b>head 2.1</b> reads query 100%" in page.html
+    assert all(f"<b>{l}.{i}</b>" in page.html for l, i in (*planted.SPEAKERS, *planted.TRIGGERS))
     kept = found.for_circuit(("explicit", "contextual"))
     circuit = Circuit("llava", planted.LAYERS, L_EMO, tuple(HEADS), **kept)
     assert set(circuit.neurons) == {*planted.SPEAKERS, *planted.TRIGGERS}
