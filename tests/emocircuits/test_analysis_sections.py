@@ -71,3 +71,12 @@ def test_what_people_wrote_is_text(folder, tmp_path):
     html = section("maps", tmp_path).html
     assert "alert(1)</script>" not in html
     assert "glad &lt;b&gt;&amp; merry" in html
+
+
+@pytest.mark.parametrize("name", ["flow", "maps"])
+def test_pairs_that_were_left_out_are_counted(name, folder, tmp_path):
+    record = json.loads((folder / f"{name}.json").read_text())
+    record["left_out"] = [{"id": i, "side": "neutral", "text": "the bus"} for i in ("a", "b", "b")]
+    (tmp_path / f"{name}.json").write_text(json.dumps(record))
+    assert "Left out: 2 pairs" in section(name, tmp_path).text
+    assert "Left out" not in section(name, folder).text

@@ -125,6 +125,14 @@ def test_batches_and_padding_do_not_matter(found, pairs):
         assert np.allclose(ours, getattr(found, name)[:, [2, 7]], rtol=1e-3, atol=1e-9)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(found, pairs, dtype):
+    half = information_flow(planted.subject(dtype=dtype), pairs.take([0, 9]), progress=False)
+    for route, (layer, _) in ((("query", "visual"), planted.READER), (("last", "query"), planted.TELLER)):
+        ours, theirs = half.of(*route), found.of(*route)[[0, 9]]
+        assert np.allclose(ours[:, layer], theirs[:, layer], rtol=0.15)
+
+
 def test_a_folder_gives_back_everything(found, tmp_path):
     found.save(tmp_path)
     again = Flow.load(tmp_path)

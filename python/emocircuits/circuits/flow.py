@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from emocircuits.circuits.answers import Answer, LeftOut, forced, speaking
 from emocircuits.circuits.averages import average, corrected, differs, plain
 from emocircuits.circuits.pairs import SIDES, Pairs, Side
+from emocircuits.circuits.passes import leaf
 from emocircuits.circuits.stored import read_record, read_tables, write_tables
 from emocircuits.circuits.subject import Subject
 from emocircuits.families import open_model
@@ -241,7 +242,7 @@ def route_flow(model: nn.Module, inputs: dict[str, Tensor], roles: Tensor, targe
         stack.enter_context(torch.enable_grad())
         stack.enter_context(frozen(model))
         # Nothing below the decoder is in the graph.
-        stack.callback(handle.layers[0].register_forward_pre_hook(_leaf, with_kwargs=True).remove)
+        stack.callback(handle.layers[0].register_forward_pre_hook(leaf, with_kwargs=True).remove)
         stack.enter_context(patch(model, Plan(), roles=roles, tap=lambda call: calls.update({call.layer: call})))
         seen = stack.enter_context(capture(model, "z", detach=False))
         forward: Any = model
@@ -252,7 +253,9 @@ def route_flow(model: nn.Module, inputs: dict[str, Tensor], roles: Tensor, targe
         loss = -(chosen * (wanted >= 0)).sum(1) / counts.sum(1)
         agree = (logits.argmax(-1) == wanted).sum(1) / counts.sum(1)
         # Rows of a batch do not touch each other: gradients of the sum are those of each.
-        gradients = seen.gradients(loss.sum(), [("z", layer) for layer in range(len(handle.layers))])
+        # In float16 they would vanish where the answer is nearly certain.
+        factor = 1024.0 if logits.dtype == torch.float16 else 1.0
+        gradients = seen.gradients(factor * loss.sum(), [("z", layer) for layer in range(len(handle.layers))])
     tables: list[list[Tensor]] = [[], [], [], []]
     with torch.no_grad():
         for layer, gradient in enumerate(gradients):
@@ -268,7 +271,7 @@ def route_flow(model: nn.Module, inputs: dict[str, Tensor], roles: Tensor, targe
             tables[2].append(of_pairs)
             tables[3].append(of_rows)
     saliency, weights, of, rows = (torch.stack(t, 1).double() for t in tables)
-    return Measured(saliency, weights, of, rows, loss.detach().double(), agree.double())
+    return Measured(saliency / factor, weights, of, rows, loss.detach().double(), agree.double())
 
 
 def _counts(call: Tapped) -> tuple[Tensor, Tensor]:
@@ -286,10 +289,3 @@ def _counts(call: Tapped) -> tuple[Tensor, Tensor]:
         for r in (call.query_roles, call.roles)
     )
     return torch.einsum("bnd,bnk,bks->bds", to, visible.double().expand(batch, -1, -1), source), to.sum(1)
-
-
-def _leaf(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What enters the first layer becomes a leaf of the graph."""
-    if args:
-        return (args[0].detach().requires_grad_(), *args[1:]), kwargs
-    return args, {**kwargs, "hidden_states": kwargs["hidden_states"].detach().requires_grad_()}

@@ -88,13 +88,13 @@ def run(
         if gradients:
             stack.enter_context(frozen(subject.model))
             first = subject.handle.layers[0]
-            stack.callback(first.register_forward_pre_hook(_leaf, with_kwargs=True).remove)
+            stack.callback(first.register_forward_pre_hook(leaf, with_kwargs=True).remove)
         seen = stack.enter_context(capture(subject.model, what, detach=not gradients))
         subject.model(**inputs, use_cache=False, logits_to_keep=1)
         yield Pass(subject, seen, inputs, answer)
 
 
-def _leaf(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def leaf(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What enters the first layer becomes a leaf of the graph."""
     if args:
         return (args[0].detach().requires_grad_(), *args[1:]), kwargs

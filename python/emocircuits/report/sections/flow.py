@@ -39,6 +39,8 @@ def section(folder: Path) -> Section | None:
         + ", ".join(peaks)
         + "."
     )
+    if record["left_out"]:
+        text += f" Left out: {len({x['id'] for x in record['left_out']})} pairs with an answer that names no emotion."
     return Section("Information flow", beside(figures), text)
 
 

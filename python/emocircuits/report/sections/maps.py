@@ -65,6 +65,8 @@ def section(folder: Path) -> Section | None:
         f"{mass['difference']['mean']:+.3f} (p = {mass['difference']['p']:.2g}). Averages over {n} of "
         f"{settings['asked']} pairs, and {len(record['examples'])} single examples."
     )
+    if record["left_out"]:
+        text += f" Left out: {len({x['id'] for x in record['left_out']})} pairs with an answer that names no emotion."
     if record["average"] is None:
         text += f" {settings['grids'][0].upper()}{settings['grids'][1:]}."
     return Section("Attention maps", "".join(parts), text)
