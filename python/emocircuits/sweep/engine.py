@@ -153,9 +153,12 @@ class Run:
         base = self.readout.value(self.readout.base)
         found = base.expand(len(variants)).clone()
         kept = [i for i, v in enumerate(variants) if self.columns(v)]
-        if kept:
-            packed = self.patched([variants[i] for i in kept])
-            found[torch.tensor(kept, device=found.device)] = self.readout(packed)
+        # Queries of one column go on from one column, keys and values from all that meet them.
+        queries = {i for i in kept if self.entry(variants[i].layer).query(variants[i].unit)}
+        for which in ([i for i in kept if i in queries], [i for i in kept if i not in queries]):
+            if which:
+                packed = self.patched([variants[i] for i in which])
+                found[torch.tensor(which, device=found.device)] = self.readout(packed)
         return found
 
     def patched(self, variants: Sequence[Variant]) -> Packed:

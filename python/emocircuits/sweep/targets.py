@@ -173,10 +173,14 @@ class Entry:
     def columns(self, column: int | None, start: int, unit: int | None = None) -> tuple[int, ...]:
         """The columns in which the patch is made and somebody looks; empty: it changes nothing."""
         found = tuple(range(start, self.decoder.total)) if column is None else (column,)
-        if self.layer == self.decoder.stop and not self.target.mixes:
+        if self.layer == self.decoder.stop and (not self.target.mixes or self.query(unit)):
             return tuple(c for c in found if c in self.decoder.reads)
         start = self.decoder.reach[found[0]]
         return found if any(r >= start for r in self.decoder.reads) else ()
+
+    def query(self, unit: int | None) -> bool:
+        """Whether a unit is the queries of a head: they change its output in their own columns and nowhere else."""
+        return self.target.kind == "qkv" and unit is not None and unit < self.record.q.shape[1]
 
     def __call__(
         self, parts: Sequence[tuple[tuple[int, ...], Sequence[int | None]]], point: bool
@@ -191,7 +195,8 @@ class Entry:
             The layer to go on at, and what enters it.
         """
         kind, record = self.target.kind, self.record
-        if kind == "qkv":
+        spread = kind == "qkv" and not all(self.query(unit) for _, units in parts for unit in units)
+        if spread:
             # A key or value is met by all later queries.
             groups = tuple(Group(self.decoder.live(self.layer, c[0]), len(units)) for c, units in parts)
             point = False
@@ -201,7 +206,7 @@ class Entry:
         if kind == "residual":
             return self.layer, Packed(self.patched[index], groups, point)
         if kind in ("heads", "neurons", "qkv"):
-            delta = torch.cat([self._delta(columns, units) for columns, units in parts])
+            delta = torch.cat([self._delta(c, units, g.columns) for (c, units), g in zip(parts, groups, strict=True)])
         # Where a norm is between the MLP and the residual stream, what neurons add goes through it.
         if record.additive and kind == "neurons" and self.handle.sites["mlp_out"][self.layer] is self.mlp:
             return self.layer + 1, Packed(record.resid_post[index] + delta, groups, point)
@@ -229,13 +234,13 @@ class Entry:
             out = self.decoder.call(self.layer, x, index, known)
         return self.layer + 1, Packed(out, groups, point)
 
-    def _delta(self, columns: tuple[int, ...], units: Sequence[int | None]) -> Tensor:
-        """What a patch adds to the output of attention or MLP, ``[variants * columns, d_model]``."""
+    def _delta(self, columns: tuple[int, ...], units: Sequence[int | None], changed: tuple[int, ...]) -> Tensor:
+        """What patches add to attention or MLP in the columns that these change, ``[variants * changed, d_model]``."""
         at = span(columns)
         if self.target.kind == "qkv":
             heads = self.record.z.shape[1]
             weight = rows(self.handle.output_projections[self.layer]).unflatten(0, (heads, -1))
-            out = span(self.decoder.live(self.layer, columns[0]))
+            out = span(changed)
             found = []
             for unit in units:
                 assert unit is not None
