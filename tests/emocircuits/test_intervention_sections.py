@@ -6,9 +6,10 @@ import re
 import pytest
 
 from emocircuits.circuit import Circuit
+from emocircuits.circuits.bench import Rates
 from emocircuits.circuits.controls import Change, Random
 from emocircuits.circuits.stages import Cell, Stages
-from emocircuits.circuits.tuning import Confirmation, Rates, Trial, Tuning
+from emocircuits.circuits.tuning import Confirmation, Trial, Tuning
 from emocircuits.circuits.verification import NORM, SAME, Check, Verification
 from emocircuits.report.sections import stages, tuning, verification
 from emocircuits.veena import VEENA

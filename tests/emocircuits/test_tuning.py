@@ -9,21 +9,11 @@ import torch
 from circuit_pairs import planted_pairs
 
 from emocircuits.circuit import Circuit
+from emocircuits.circuits.bench import OBJECTIVES, Bench, Rails, Rates, balanced
 from emocircuits.circuits.pairs import Pairs
 from emocircuits.circuits.questions import Question, ability, embedded_questions, questions_file, replies
 from emocircuits.circuits.subject import Subject
-from emocircuits.circuits.tuning import (
-    FILE,
-    OBJECTIVES,
-    Bench,
-    Rails,
-    Rates,
-    Tuning,
-    balanced,
-    ena_settings,
-    tune,
-    vee_settings,
-)
+from emocircuits.circuits.tuning import FILE, Tuning, ena_settings, tune, vee_settings
 from emocircuits.plan import Plan
 from emocircuits.veena import VEENA
 
