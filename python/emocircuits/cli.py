@@ -1,4 +1,4 @@
-"""The command line: ``emocircuits doctor | demo | veena | data | localize | sweep | bench``.
+"""The command line: ``emocircuits doctor | demo | veena | data | localize | report | sweep | bench``.
 
 Results go to standard output, progress to standard error. Bad input ends with one line and exit code 2.
 """
@@ -51,8 +51,10 @@ def _parser() -> argparse.ArgumentParser:
     from emocircuits.circuits import command as localizing
 
     localizing.options(
-        command("localize", localizing.run, "Find the circuit of a model from contrastive pairs, step by step.")
+        command("localize", _localize, "Find the circuit of a model from contrastive pairs, step by step, and a page.")
     )
+    report = command("report", _report, "The page of a localisation, from the files of its folder.")
+    report.add_argument("folder", type=Path, metavar="RUN", help="the folder that localize wrote")
     from emocircuits.sweep import command as sweeping
 
     sweep = command("sweep", sweeping.run, "Patch every head, neuron group or position over prompt pairs, exactly.")
@@ -114,6 +116,27 @@ def _veena_plans(model: Any, name: str, circuit: Path | None) -> Callable[..., A
     from emocircuits.describe import veena_of
 
     return veena_of(name, circuit).strengths(model)
+
+
+def _localize(args: argparse.Namespace) -> dict[str, Any]:
+    from emocircuits.circuits import command
+    from emocircuits.report.localization import save
+
+    result = command.run(args)
+    result["page"] = str(save(args.out))
+    if not args.json:
+        print(f"The circuit: {result['file']}   the page: {result['page']}   {result['seconds']:.0f} s")
+    return result
+
+
+def _report(args: argparse.Namespace) -> dict[str, Any]:
+    from emocircuits.report.localization import save
+
+    _check_file(args.out)
+    result = {"page": str(save(args.folder, args.out))}
+    if not args.json:
+        print(f"The page: {result['page']}")
+    return result
 
 
 def _check_file(out: Path | None) -> None:

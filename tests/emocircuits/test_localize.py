@@ -12,12 +12,14 @@ from circuit_pairs import planted_pairs
 from emocircuits.circuit import Circuit
 from emocircuits.circuits import steps
 from emocircuits.circuits.localize import localize
+from emocircuits.circuits.neurons import Neurons
 from emocircuits.circuits.settings import Settings
 from emocircuits.cli import main
 from emocircuits.data import Manifest
 
-EACH = 4
-SETTINGS = Settings(alphas=(0.1, 0.5), inject_pairs=2)
+STEPS = "emocircuits.circuits.localize.STEPS"
+EACH = {"extract": 4, "analyze": 8}
+SETTINGS = Settings(alphas=(0.1, 0.5), answered=2, look=2, explicit_k=2, neurons=10)
 EVENTS = {
     "extract": ("the report is ready at ten today .", "the shop opens at ten only today ."),
     "analyze": ("my mom said that the road is closed .", "a bus goes only once today my mom said ."),
@@ -32,6 +34,14 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def first(monkeypatch):
+    """The first steps only, where what matters is how steps are kept."""
+    few = tuple(s for s in steps.STEPS if s.name in ("steering", "layers", "heads", "decoupling"))
+    monkeypatch.setattr(STEPS, few)
+    return few
+
+
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory):
     return write(tmp_path_factory.mktemp("planted"))
@@ -44,10 +54,11 @@ def write(folder):
 
     records = []
     for number, (split, events) in enumerate(EVENTS.items()):
-        made = planted_pairs(folder, each=EACH, split=split, first=100 * number)
+        each = EACH[split]
+        made = planted_pairs(folder, each=each, split=split, first=100 * number)
         for i, r in enumerate(made.records):
-            rng = np.random.default_rng([number, i % EACH])
-            speckle = np.kron(rng.integers(0, 2, (8, 8)) * 12, np.ones((2, 2), int))[..., None]
+            rng = np.random.default_rng([number, i % each])
+            speckle = np.kron(rng.integers(0, 2, (8, 8)) * 3, np.ones((2, 2), int))[..., None]
             for file in (r.image_emotional, r.image_neutral):
                 pixels = np.asarray(Image.open(file)).astype(int)
                 Image.fromarray(np.clip(pixels + speckle, 0, 255).astype(np.uint8)).save(file)
@@ -73,7 +84,7 @@ def run(folder, pairs, subject=None, settings=SETTINGS, **more):
 def test_exactly_the_planted_heads_are_the_circuit(done):
     folder, circuit = done
     assert set(circuit.heads) == {planted.READER, planted.TELLER}
-    assert circuit.l_emo in (planted.READER[0], planted.TELLER[0])
+    assert circuit.l_emo == planted.TELLER[0]
     assert Circuit.load(folder / "circuit.json") == circuit
     assert all(low <= e <= high for e, (low, high) in zip(circuit.head_effects, circuit.head_intervals, strict=True))
     assert (folder / circuit.steering).is_file()
@@ -82,9 +93,22 @@ def test_exactly_the_planted_heads_are_the_circuit(done):
         circuit.require(planted.subject(seed=1).model, "llava", planted.LAYERS)
 
 
+def test_exactly_the_planted_neurons_are_in_it(done):
+    folder, circuit = done
+    assert set(circuit.neurons) == set(planted.SPEAKERS)
+    assert set(circuit.neuron_types) == {"explicit"}
+    assert set(map(frozenset, circuit.neuron_tokens)) == {
+        frozenset(words) for e, words in planted.WORDS.items() if e != "neutral"
+    }
+    assert {(n.layer, n.neuron) for n in Neurons.load(folder).contextual} == set(planted.TRIGGERS)
+
+
 def test_no_head_is_found_where_all_carry_the_same(manifest, tmp_path):
     circuit = localize(planted.subject("diffuse"), manifest, tmp_path, SETTINGS, progress=False, say=lambda line: None)
     assert circuit.heads == ()
+    assert json.loads((tmp_path / "run.json").read_text())["skipped"] == {
+        "maps": "no head is critical", "verification": "no head is critical",
+    }  # fmt: skip
 
 
 def test_a_run_says_what_it_is_of(done, manifest):
@@ -98,28 +122,25 @@ def test_a_run_says_what_it_is_of(done, manifest):
     assert record["pairs"]["extract"] == 16
 
 
-def test_a_killed_run_goes_on_where_it_was(done, manifest, tmp_path, monkeypatch):
+def test_a_killed_run_goes_on_where_it_was(done, manifest, tmp_path, monkeypatch, first):
     def killed(found):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(
-        "emocircuits.circuits.localize.STEPS",
-        tuple(dc.replace(s, find=killed) if s.name == "heads" else s for s in steps.STEPS),
-    )
+    monkeypatch.setattr(STEPS, tuple(dc.replace(s, find=killed) if s.name == "heads" else s for s in first))
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, manifest)
     assert not (tmp_path / "heads.json").exists()
-    monkeypatch.setattr("emocircuits.circuits.localize.STEPS", steps.STEPS)
+    monkeypatch.setattr(STEPS, first)
     said = run(tmp_path, manifest)
     there = [line.split(":")[0] for line in said if "was there" in line]
     assert there[:2] == ["steering", "layers"]
     assert "heads" not in there
-    for name in ("circuit.json", "layers.json", "heads.parquet"):
+    for name in ("layers.json", "heads.json", "heads.parquet"):
         assert (tmp_path / name).read_bytes() == (done[0] / name).read_bytes()
     assert all("was there" in line for line in run(tmp_path, manifest))
 
 
-def test_changed_settings_are_found_again_and_what_rests_on_them(done, manifest, tmp_path):
+def test_changed_settings_are_found_again_and_what_rests_on_them(done, manifest, tmp_path, first):
     shutil.copytree(done[0], tmp_path, dirs_exist_ok=True)
     said = run(tmp_path, manifest, settings=dc.replace(SETTINGS, top=5))
     assert "was there" in next(line for line in said if line.startswith("layers:"))
@@ -143,7 +164,7 @@ def test_a_folder_of_something_else_is_refused(done, manifest, tmp_path):
         run(tmp_path / "run", manifest)
 
 
-def test_damaged_files_are_refused(done, manifest, tmp_path):
+def test_damaged_files_are_refused(done, manifest, tmp_path, first):
     shutil.copytree(done[0], tmp_path, dirs_exist_ok=True)
     file = tmp_path / "steering.safetensors"
     data = file.read_bytes()
@@ -181,7 +202,7 @@ def test_pairs_that_cannot_be_used_are_refused(manifest, tmp_path):
         run(tmp_path / "run", pairs)
 
 
-def test_models_without_a_circuit_to_find_are_refused(manifest, tmp_path):
+def test_models_without_a_circuit_to_find_are_refused(manifest, tmp_path, first):
     with pytest.raises(ValueError, match="keeps 0 of 4 pairs"):
         run(tmp_path / "blind", manifest, planted.subject("blind"))
     weak = dc.replace(SETTINGS, alphas=(1e-6,))

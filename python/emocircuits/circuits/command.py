@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from emocircuits.circuits.heads import Reads
 from emocircuits.circuits.heads import Rows as HeadRows
-from emocircuits.circuits.settings import Settings
+from emocircuits.circuits.settings import READINGS_OF, Settings
 from emocircuits.files import read_json
 from emocircuits.loading import EMBEDDED, load_model
 from emocircuits.sweep.steering import READINGS, ROWS
@@ -44,9 +44,9 @@ def options(parser: argparse.ArgumentParser) -> None:
         help="strengths of injection (default %(default)s; the paper's is 0.1)")  # fmt: skip
     add("--inject-rows", choices=ROWS, default=default.inject_rows, help="rows that are steered (default all)")
     add("--inject-reading", choices=READINGS, default=default.inject_reading, help="of alpha (default raw)")
-    add("--inject-pairs", type=int, default=default.inject_pairs, metavar="N",
-        help=f"pairs of each emotion that are steered (default {default.inject_pairs})")  # fmt: skip
-    add("--draws", type=int, default=default.draws, metavar="N", help="random directions, at least 10 (default 10)")
+    add("--answered", type=int, default=default.answered, metavar="N",
+        help=f"pairs of each emotion that answers are generated for (default {default.answered})")  # fmt: skip
+    add("--draws", type=int, default=default.draws, metavar="N", help="random controls, at least 10 (default 10)")
     add("--l-emo", type=int, metavar="LAYER", help="in place of the layer with the largest effect")
     add("--head-reads", choices=get_args(Reads), default=default.head_reads, help="what patching is read by")
     add(
@@ -58,6 +58,14 @@ def options(parser: argparse.ArgumentParser) -> None:
     add("--prescreen", choices=("atp", "atp*"), help="attribution patching first; for large models")
     add("--confirm", type=int, default=default.confirm, metavar="N", help="patches run after it (default 64)")
     add("--k", type=int, default=default.k, metavar="N", help="heads of each emotion that are compared (default 10)")
+    add("--neurons", type=int, default=default.neurons, metavar="N", help="candidates of each type (default 30)")
+    add("--no-fold-norm", action="store_true", help="leave the final norm's gain out of the vocabulary projection")
+    add("--look", type=int, default=default.look, metavar="N", help="tokens of a projection that count (default 20)")
+    add("--explicit-k", type=int, metavar="N", help="emotion words among them in an explicit-state neuron")
+    for name, kind in READINGS_OF.items():
+        add("--" + name.replace("_", "-"), choices=get_args(kind), default=getattr(default, name),
+            help=f"default {getattr(default, name)!r}")  # fmt: skip
+    add("--enhance", type=float, default=default.enhance, help="factor when functions are verified (default 2)")
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
@@ -72,9 +80,12 @@ def settings_of(args: argparse.Namespace) -> Settings:
         raise ValueError(f"--alphas {args.alphas}: expected numbers such as 0.1,1") from error
     return Settings(
         seed=args.seed, tau=args.tau, pooled=args.pooled, alphas=alphas, inject_rows=args.inject_rows,
-        inject_reading=args.inject_reading, inject_pairs=args.inject_pairs, draws=args.draws, l_emo=args.l_emo,
+        inject_reading=args.inject_reading, answered=args.answered, draws=args.draws, l_emo=args.l_emo,
         head_reads=args.head_reads, head_rows=args.head_rows, top=args.top, margin=args.margin, level=args.level,
         prescreen=args.prescreen, confirm=args.confirm, k=args.k,
+        neurons=args.neurons, fold_norm=not args.no_fold_norm, look=args.look,
+        explicit_k=args.explicit_k, enhance=args.enhance,
+        **{name: getattr(args, name) for name in READINGS_OF},
     )  # fmt: skip
 
 
@@ -109,7 +120,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
     if not args.json:
         print(f"l_emo {circuit.l_emo}; heads {_listed(circuit.heads)}; neurons {_listed(circuit.neurons)}")
-        print(f"The circuit: {result['file']}   a page: emocircuits report {args.out}")
     return result
 
 

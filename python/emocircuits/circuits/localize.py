@@ -78,11 +78,11 @@ def localize(
     record = _opened(folder, about, fresh)
     record |= {"settings": dc.asdict(settings), "seed": settings.seed, **provenance(), "skipped": {}}
     write_json(folder / "pairs.json", {"path": str(pairs), "average_over": None, **manifest.statistics()})
-    run = Run(subject, extract, analyze, settings, folder, progress)
+    run = Run(subject, extract, analyze, settings, folder, progress, about["fingerprint"])
     for step in STEPS:
         _step(step, run, record, about, say)
         write_json(folder / FILE, record)
-    circuit = circuit_of(run, about["fingerprint"])
+    circuit = circuit_of(run)
     circuit.save(folder / CIRCUIT)
     record["total_seconds"] = sum(s["seconds"] for s in record["steps"].values())
     write_json(folder / FILE, record)

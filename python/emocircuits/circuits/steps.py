@@ -9,12 +9,18 @@ from typing import Any
 
 from emocircuits.circuit import Circuit
 from emocircuits.circuits.decoupling import Decoupling, decoupling
+from emocircuits.circuits.flow import Flow, information_flow
 from emocircuits.circuits.heads import Heads, critical_heads
 from emocircuits.circuits.injection import Layers, inject
+from emocircuits.circuits.lens import Lens, visual_lens
+from emocircuits.circuits.maps import Maps, attention_maps
+from emocircuits.circuits.neurons import Neurons, critical_neurons
 from emocircuits.circuits.pairs import Pairs
 from emocircuits.circuits.settings import Settings
+from emocircuits.circuits.stages import Stages, stage_patching
 from emocircuits.circuits.steering import TENSORS, SteeringVectors, extract
 from emocircuits.circuits.subject import Subject
+from emocircuits.circuits.verification import Verification, verify
 
 
 @dc.dataclass(eq=False)
@@ -31,6 +37,7 @@ class Run:
     settings: Settings
     folder: Path
     progress: bool
+    fingerprint: str
     found: dict[str, Any] = dc.field(default_factory=dict)
 
     @property
@@ -50,15 +57,21 @@ class Run:
             )
         return layers.l_emo
 
-    def few(self, each: int) -> Pairs:
-        """The first pairs of every emotion of the analyze split."""
+    def few(self, pairs: Pairs) -> Pairs:
+        """The first pairs of every emotion, as many as answers are generated for."""
         count: dict[str, int] = {}
         which = []
-        for i, emotion in enumerate(self.analyze.emotions):
+        for i, emotion in enumerate(pairs.emotions):
             count[emotion] = count.get(emotion, 0) + 1
-            if count[emotion] <= each:
+            if count[emotion] <= self.settings.answered:
                 which.append(i)
-        return self.analyze.take(which)
+        return pairs.take(which)
+
+    @property
+    def critical(self) -> list[tuple[int, int]]:
+        """Critical heads, strongest first."""
+        heads: Heads = self.found["heads"]
+        return [(c.layer, c.head) for c in heads.critical]
 
 
 @dc.dataclass(frozen=True)
@@ -97,7 +110,7 @@ def _steering_told(found: SteeringVectors) -> str:
 def _layers(run: Run) -> Layers:
     s = run.settings
     return inject(
-        run.subject, run.few(s.inject_pairs), run.found["steering"], alphas=s.alphas, rows=s.inject_rows,
+        run.subject, run.few(run.analyze), run.found["steering"], alphas=s.alphas, rows=s.inject_rows,
         reading=s.inject_reading, pooled=s.pooled, draws=s.draws, seed=s.seed, progress=run.progress,
     )  # fmt: skip
 
@@ -131,11 +144,85 @@ def _one_emotion(run: Run) -> str:
     return "" if len(set(run.analyze.emotions)) > 1 else "the pairs have one emotion"
 
 
+def _neurons(run: Run) -> Neurons:
+    s = run.settings
+    return critical_neurons(
+        run.subject, run.analyze, run.found["steering"], run.critical, run.l_emo, row=s.neuron_row,
+        activation=s.neuron_activation, by=s.neuron_by, pooled=s.pooled, fold_norm=s.fold_norm, spelling=s.spelling,
+        look=s.look,
+        k=s.explicit_k, top=s.neurons, controls=s.draws, margin=s.margin, level=s.level,
+        tracing={"source": s.source_token, "score": s.neuron_score, "follow": s.follow, "at": s.gradients_at},
+        seed=s.seed, progress=run.progress,
+    )  # fmt: skip
+
+
+def _neurons_told(found: Neurons) -> str:
+    return f"{len(found.explicit)} explicit-state neurons and {len(found.contextual)} contextual triggers passed"
+
+
+def _few_pairs(run: Run) -> str:
+    few = [e for e in dict.fromkeys(run.analyze.emotions) if run.analyze.emotions.count(e) < 4]
+    return f"{', '.join(few)} has fewer than four pairs in analyze" if few else ""
+
+
+def _flow(run: Run) -> Flow:
+    s = run.settings
+    return information_flow(
+        run.subject, run.analyze, loss=s.flow_loss, wordless="leave out", seed=s.seed, progress=run.progress
+    )
+
+
+def _lens(run: Run) -> Lens:
+    return visual_lens(
+        run.subject, run.analyze, draws=run.settings.draws, seed=run.settings.seed, progress=run.progress
+    )
+
+
+def _maps(run: Run) -> Maps:
+    s = run.settings
+    return attention_maps(
+        run.subject, run.analyze, run.critical, draws=s.draws, wordless="leave out", seed=s.seed, progress=run.progress
+    )
+
+
+def _no_heads(run: Run) -> str:
+    return "" if run.critical else "no head is critical"
+
+
+def _stages(run: Run) -> Stages:
+    s = run.settings
+    return stage_patching(
+        run.subject, run.few(run.analyze), draws=s.draws, seed=s.seed, progress=run.progress
+    )  # fmt: skip
+
+
+def _stages_told(found: Stages) -> str:
+    best = max(found.cells, key=lambda c: c.effect.change)
+    return f"most comes back with {best.role} rows of the {best.stage} stage, hit rate {best.effect.change:+.3f}"
+
+
+def _verification(run: Run) -> Verification:
+    # Heads and neurons were found on the analyze split.
+    s = run.settings
+    return verify(
+        run.subject, circuit_of(run), run.few(run.extract), enhance=s.enhance, draws=s.draws, seed=s.seed,
+        progress=run.progress,
+    )  # fmt: skip
+
+
+def _verification_told(found: Verification) -> str:
+    return ", ".join(f"{c.action} {c.what} {c.effect.change:+.3f}" for c in found.checks if c.side == "emotional")
+
+
+def _pairs_told(found: Any) -> str:
+    return f"{len(found.ids)} pairs"
+
+
 STEPS: tuple[Step, ...] = (
     Step("steering", "steering.json", ("tau",), (), SteeringVectors, _steering, _steering_told),
     Step(
         "layers", "layers.json",
-        ("alphas", "inject_rows", "inject_reading", "inject_pairs", "pooled", "draws", "seed"), ("steering",),
+        ("alphas", "inject_rows", "inject_reading", "answered", "pooled", "draws", "seed"), ("steering",),
         Layers, _layers, _layers_told,
     ),
     Step(
@@ -144,28 +231,46 @@ STEPS: tuple[Step, ...] = (
         ("steering", "layers"), Heads, _heads, _heads_told,
     ),
     Step(
+        "neurons", "neurons.json",
+        (
+            "neuron_row", "neuron_activation", "neuron_by", "pooled", "fold_norm", "spelling", "look", "explicit_k",
+            "neurons", "draws", "margin", "level", "source_token", "neuron_score", "follow", "gradients_at", "seed",
+        ),
+        ("steering", "layers", "heads"), Neurons, _neurons, _neurons_told, _few_pairs,
+    ),
+    Step(
         "decoupling", "decoupling.json", ("k",), ("heads",), Decoupling, _decoupled,
         lambda found: f"{len(found.general)} general heads, {len(found.specific)} specific", _one_emotion,
+    ),
+    Step("flow", "flow.json", ("flow_loss", "seed"), (), Flow, _flow, _pairs_told),
+    Step("lens", "lens.json", ("draws", "seed"), (), Lens, _lens, _pairs_told),
+    Step("maps", "maps.json", ("draws", "seed"), ("heads",), Maps, _maps, _pairs_told, _no_heads),
+    Step("stages", "stages.json", ("answered", "draws", "seed"), (), Stages, _stages, _stages_told),
+    Step(
+        "verification", "verification.json", ("answered", "enhance", "draws", "seed"), ("heads", "neurons"),
+        Verification, _verification, _verification_told, _no_heads,
     ),
 )  # fmt: skip
 
 
-def circuit_of(run: Run, fingerprint: str) -> Circuit:
+def circuit_of(run: Run) -> Circuit:
     """What VEENA takes, from the results of a run."""
     heads: Heads = run.found["heads"]
     critical = heads.critical
     steering: SteeringVectors = run.found["steering"]
+    neurons: Neurons | None = run.found.get("neurons")
+    more = {} if neurons is None else neurons.for_circuit()
     config: Any = run.subject.model.config
     settings = {
         "head_effect": "share of the gap restored by patching z, on pairs that heads were not ranked on",
         "heads": heads.settings, "layers": run.found["layers"].settings, "tau": steering.tau,
         "kept": dict(zip(steering.emotions, steering.kept, strict=True)),
         "l_emo": "given" if run.settings.l_emo is not None else run.found["layers"].settings["l_emo"],
-        "seed": run.settings.seed,
+        "neurons": None if neurons is None else neurons.settings, "seed": run.settings.seed,
     }  # fmt: skip
     return Circuit(
         str(config.model_type), run.subject.handle.geometry.layers, run.l_emo,
         tuple((c.layer, c.head) for c in critical),
         head_effects=tuple(c.effect for c in critical), head_intervals=tuple((c.low, c.high) for c in critical),
-        settings=settings, steering=TENSORS, fingerprint=fingerprint,
+        settings=settings, steering=TENSORS, fingerprint=run.fingerprint, **more,
     )  # fmt: skip
