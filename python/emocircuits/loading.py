@@ -23,9 +23,14 @@ def load_model(name: str = EMBEDDED, *, device: str | None = None, text: bool = 
         text: also take a causal language model that sees no images; its tokenizer is then in the processor's place.
 
     Raises:
-        ValueError: the name is none of these, or the model cannot be loaded; the message says why.
+        ValueError: the name is none of these, or the model cannot be loaded, or not on that device; the message says
+            why.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
     if name == EMBEDDED:
         from emocircuits import embedded
 

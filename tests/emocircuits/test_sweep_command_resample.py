@@ -55,6 +55,10 @@ def test_resampled(capsys, folder, others, tmp_path):  # noqa: F811
 @pytest.mark.parametrize(
     ("options", "told"),
     [
+        (("--device", "nowhere"), "emocircuits: device 'nowhere' cannot be used here: "),
+        (("--layers", "0-999999999999"), "no model has so many layers"),
+        (("--layers", "-3"), "expected numbers and ranges"),
+        (("--positions", "99"), "emocircuits: positions [99]: expected columns inside a prompt"),
         (("--patch-with", "resample"), "needs --resample FILE"),
         (("--resample", "others.jsonl"), "--resample is for --patch-with resample, not clean"),
         (("--draws", "2", "--patch-with", "zero"), "--draws is for --patch-with resample, not zero"),

@@ -18,6 +18,7 @@ from emocircuits.sweep.results import SweepResult
 from emocircuits.sweep.targets import KINDS, PATCHES
 
 METRICS = ("logit_diff", "log_prob", "kl", "generated")
+DEEPEST = 100_000  # a layer beyond it is a typing error, and its range would not fit into memory
 EPILOG = """\
 A pairs file holds one JSON object a line: {"clean": "...", "corrupt": "...", "answer": "...", "wrong": "..."}, two
 prompts of as many tokens each, the answer of the clean one and that of the corrupt one; with "clean_image" and
@@ -207,10 +208,11 @@ def _layers(given: str | None) -> list[int] | None:
     found: list[int] = []
     for part in given.split(","):
         first, _, last = part.partition("-")
-        try:
-            found += range(int(first), int(last or first) + 1)
-        except ValueError as error:
-            raise ValueError(f"--layers {given}: expected numbers and ranges such as 0-5,8") from error
+        if not first.strip().isdecimal() or not (last or first).strip().isdecimal():
+            raise ValueError(f"--layers {given}: expected numbers and ranges such as 0-5,8")
+        if int(last or first) > DEEPEST:
+            raise ValueError(f"--layers {given}: no model has so many layers")
+        found += range(int(first), int(last or first) + 1)
     if not found or len(set(found)) != len(found):
         raise ValueError(f"--layers {given}: expected each layer once, such as 0-5,8")
     return found

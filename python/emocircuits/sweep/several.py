@@ -184,7 +184,7 @@ class Several:
             with contextlib.nullcontext() if pool is None else pool.pair(i):
                 yield
         except (ValueError, TypeError, NotImplementedError) as error:
-            if type(error) not in (ValueError, TypeError, NotImplementedError):
+            if len(self.pairs) == 1 or type(error) not in (ValueError, TypeError, NotImplementedError):
                 raise
             raise type(error)(f"pair {i + 1} of {len(self.pairs)}: {error}") from error
 
