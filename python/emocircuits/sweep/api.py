@@ -369,6 +369,10 @@ class Sweep:
         """
         return sweep_edges(self, method, steps)
 
+    def __repr__(self) -> str:
+        what = f"{len(self.several.pairs)} pairs" if self.several is not None else f"{self.columns} columns"
+        return f"Sweep({what}, clean={self.clean:.4g}, corrupt={self.corrupt:.4g})"
+
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
@@ -404,7 +408,9 @@ class Sweep:
             edges = [i * total // groups for i in range(groups + 1)]
             chosen = tuple(tuple(range(a, b)) for a, b in pairwise(edges))
         else:
-            chosen = tuple(tuple(sorted(set(map(int, g)))) for g in groups)
+            if not isinstance(groups, Sequence):
+                raise TypeError(f"groups={groups!r}: expected a number of groups, or lists of neurons")
+            chosen = tuple(tuple(sorted(set(inputs.numbers(g, "a group")))) for g in groups)
             if not chosen or any(not g or g[0] < 0 or g[-1] >= total for g in chosen):
                 raise ValueError(f"groups must name neurons 0 to {total - 1}, at least one in each")
         return Target("neurons", chosen), list(range(len(chosen)))
@@ -434,7 +440,7 @@ class Sweep:
             ValueError: none, a layer that the model does not have, or one twice.
         """
         total = self.handle.geometry.layers
-        chosen = list(range(total)) if layers is None else [int(l) for l in layers]
+        chosen = list(range(total)) if layers is None else inputs.numbers(layers, "layers")
         if not chosen or len(set(chosen)) != len(chosen) or not all(0 <= l < total for l in chosen):
             raise ValueError(f"layers {layers}: expected each of 0 to {total - 1} at most once")
         return sorted(chosen)
@@ -470,7 +476,7 @@ class Sweep:
                     f"{role.name} is in other columns of the clean prompt than of the corrupt one; name columns"
                 )
             return found
-        columns = [int(p) for p in positions]
+        columns = inputs.numbers(positions, "positions")
         wrong = [c for c in columns if not -self.columns <= c < self.columns]
         if wrong or not columns:
             raise ValueError(f"positions {wrong or columns}: expected columns inside a prompt of {self.columns}")
@@ -499,6 +505,8 @@ class Sweep:
         self, target: Target, units: Sequence[int | None], positions: Positions, layers: Sequence[int] | None,
         **screen: Unpack[Screen],
     ) -> SweepResult:  # fmt: skip
+        if unknown := screen.keys() - Screen.__annotations__.keys():
+            raise TypeError(f"{target.kind}() got an unexpected keyword argument {min(unknown)!r}")
         if screen.get("prescreen") is not None:
             return screened(self, target, units, positions, layers, screen)
         if screen.keys() - {"prescreen"}:

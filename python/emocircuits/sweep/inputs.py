@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -64,3 +64,16 @@ def check(clean: Mapping[str, Any], corrupt: Mapping[str, Any]) -> int:
 
 def _both(clean: Mapping[str, Any], corrupt: Mapping[str, Any]) -> tuple[tuple[str, Mapping[str, Any]], ...]:
     return ("clean", clean), ("corrupt", corrupt)
+
+
+def numbers(given: Any, name: str) -> list[int]:
+    """Whole numbers of a list or a tensor.
+
+    Raises:
+        TypeError: something else: a single number, floats, or a mask of booleans.
+    """
+    found = given.tolist() if hasattr(given, "tolist") else given
+    found = list(found) if isinstance(found, Iterable) else None
+    if found is None or any(isinstance(n, bool) or not hasattr(n, "__index__") for n in found):
+        raise TypeError(f"{name}={given!r}: expected a list of whole numbers")
+    return [int(n) for n in found]
