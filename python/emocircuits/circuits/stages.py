@@ -112,8 +112,8 @@ def stage_patching(
         pairs: of the analyze split. Both pictures of a pair must give as many tokens.
         roles: any of "visual", "query", "last".
         draws: random controls of every cell, at least 10.
-        batch: pairs at a time.
-        seed: of the controls and the bootstrap.
+        batch: pairs at a time; residual streams of both sides of them are held, all layers and tokens.
+        seed: of the controls and the bootstrap. Controls depend on the batch, too.
         progress: show a bar.
 
     Raises:
