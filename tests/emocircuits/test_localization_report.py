@@ -1,5 +1,6 @@
 """The page of a localisation: every section, from the files alone, no network; and in a browser, on a phone too."""
 
+import dataclasses as dc
 import json
 import re
 import shutil
@@ -20,7 +21,7 @@ def folder(tmp_path_factory):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     folder, pairs = tmp_path_factory.mktemp("run"), test_localize.write(tmp_path_factory.mktemp("pairs"))
-    settings = test_localize.SETTINGS
+    settings = dc.replace(test_localize.SETTINGS, tune=True)
     localize(test_localize.planted.subject(), pairs, folder, settings, progress=False, say=lambda line: None)
     torch.set_num_threads(threads)
     return folder

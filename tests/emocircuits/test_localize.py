@@ -19,7 +19,7 @@ from emocircuits.data import Manifest
 
 STEPS = "emocircuits.circuits.localize.STEPS"
 EACH = {"extract": 4, "analyze": 8}
-SETTINGS = Settings(alphas=(0.1, 0.5), answered=2, look=2, explicit_k=2, neurons=10)
+SETTINGS = Settings(alphas=(0.1, 0.5), answered=2, look=2, explicit_k=2, neurons=10, tune=False)
 EVENTS = {
     "extract": ("the report is ready at ten today .", "the shop opens at ten only today ."),
     "analyze": ("my mom said that the road is closed .", "a bus goes only once today my mom said ."),
@@ -107,7 +107,7 @@ def test_no_head_is_found_where_all_carry_the_same(manifest, tmp_path):
     circuit = localize(planted.subject("diffuse"), manifest, tmp_path, SETTINGS, progress=False, say=lambda line: None)
     assert circuit.heads == ()
     assert json.loads((tmp_path / "run.json").read_text())["skipped"] == {
-        "maps": "no head is critical", "verification": "no head is critical",
+        "maps": "no head is critical", "verification": "no head is critical", "tuning": "not asked for",
     }  # fmt: skip
 
 
@@ -116,7 +116,8 @@ def test_a_run_says_what_it_is_of(done, manifest):
     assert record["settings"]["alphas"] == [0.1, 0.5]
     assert record["seed"] == 0
     assert record["fingerprint"] == done[1].fingerprint
-    assert set(record["steps"]) == {s.name for s in steps.STEPS}
+    assert {*record["steps"], *record["skipped"]} == {s.name for s in steps.STEPS}
+    assert record["skipped"] == {"tuning": "not asked for"}
     assert all(s["seconds"] > 0 and s["says"] for s in record["steps"].values())
     assert record["versions"]["torch"]
     assert record["pairs"]["extract"] == 16

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from emocircuits.circuits.heads import Reads
 from emocircuits.circuits.heads import Rows as HeadRows
-from emocircuits.circuits.settings import READINGS_OF, Settings
+from emocircuits.circuits.settings import READINGS_OF, Objective, Settings
 from emocircuits.files import read_json
 from emocircuits.loading import EMBEDDED, load_model
 from emocircuits.sweep.steering import READINGS, ROWS
@@ -66,6 +66,10 @@ def options(parser: argparse.ArgumentParser) -> None:
         add("--" + name.replace("_", "-"), choices=get_args(kind), default=getattr(default, name),
             help=f"default {getattr(default, name)!r}")  # fmt: skip
     add("--enhance", type=float, default=default.enhance, help="factor when functions are verified (default 2)")
+    add("--no-tune", action="store_true", help="choose no strengths of VEENA")
+    add("--objective", choices=get_args(Objective), default=default.objective, help="that they are chosen by")
+    add("--questions", type=Path, metavar="FILE", help="not about feelings, JSONL; a strength that loses them is not "
+        "chosen (the embedded model has its own)")  # fmt: skip
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
@@ -85,7 +89,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
         prescreen=args.prescreen, confirm=args.confirm, k=args.k,
         neurons=args.neurons, fold_norm=not args.no_fold_norm, look=args.look,
         explicit_k=args.explicit_k, enhance=args.enhance,
-        **{name: getattr(args, name) for name in READINGS_OF},
+        tune=not args.no_tune, objective=args.objective, **{name: getattr(args, name) for name in READINGS_OF},
     )  # fmt: skip
 
 
@@ -110,7 +114,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     settings.require(subject)
     pairs = args.pairs or faces(args.out, identities=args.faces, seed=settings.seed, progress=progress)
     circuit = localize(
-        subject, pairs, args.out, settings, name=args.model, allow_unlicensed=args.allow_unlicensed, fresh=args.fresh,
+        subject, pairs, args.out, settings, name=args.model, questions=_questions(args, subject),
+        allow_unlicensed=args.allow_unlicensed, fresh=args.fresh,
         progress=progress,
     )  # fmt: skip
     record: Any = read_json(args.out / "run.json", "a run")
@@ -125,6 +130,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def _listed(places: tuple[tuple[int, int], ...]) -> str:
     return ", ".join(f"{layer}.{i}" for layer, i in places) or "none above chance"
+
+
+def _questions(args: argparse.Namespace, subject: Any) -> list[Any]:
+    from emocircuits.circuits.questions import embedded_questions, questions_file
+
+    if args.questions is not None:
+        return questions_file(subject, args.questions)
+    return embedded_questions() if args.model == EMBEDDED else []
 
 
 def _subject(args: argparse.Namespace) -> Any:

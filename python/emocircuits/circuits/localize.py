@@ -17,6 +17,7 @@ from typing import Any
 
 from emocircuits.circuit import Circuit
 from emocircuits.circuits.pairs import SIDES, Pairs
+from emocircuits.circuits.questions import Question
 from emocircuits.circuits.settings import Settings
 from emocircuits.circuits.steps import STEPS, Run, Step, circuit_of
 from emocircuits.circuits.subject import Subject
@@ -38,8 +39,8 @@ def tell(line: str) -> None:
 
 def localize(
     subject: Subject, pairs: str | Path, folder: str | Path, settings: Settings | None = None, *,
-    name: str = "", allow_unlicensed: bool = False, fresh: bool = False, progress: bool = True,
-    say: Callable[[str], None] = tell,
+    name: str = "", questions: Sequence[Question] = (), allow_unlicensed: bool = False, fresh: bool = False,
+    progress: bool = True, say: Callable[[str], None] = tell,
 ) -> Circuit:  # fmt: skip
     """Find the emotional circuit of a model.
 
@@ -49,6 +50,7 @@ def localize(
         folder: where everything is kept: ``run.json``, a file or several of each step, ``circuit.json``.
         settings: numbers and readings; the defaults are those of method.md.
         name: of the model, for people.
+        questions: that are not about feelings: a strength of VEENA that loses them is not chosen.
         allow_unlicensed: take pairs that name no licence.
         fresh: find everything again, whatever the folder holds.
         progress: show progress bars.
@@ -78,7 +80,7 @@ def localize(
     record = _opened(folder, about, fresh)
     record |= {"settings": dc.asdict(settings), "seed": settings.seed, **provenance(), "skipped": {}}
     write_json(folder / "pairs.json", {"path": str(pairs), "average_over": None, **manifest.statistics()})
-    run = Run(subject, extract, analyze, settings, folder, progress, about["fingerprint"])
+    run = Run(subject, extract, analyze, settings, folder, progress, about["fingerprint"], tuple(questions))
     for step in STEPS:
         _step(step, run, record, about, say)
         write_json(folder / FILE, record)
@@ -158,7 +160,9 @@ def _step(
         say(f"{step.name}: left out, {why}")
         return
     rests = {name: steps[name]["identity"] for name in step.after if name in steps}
-    key = json.dumps([step.name, own, rests, about["fingerprint"], about["asked"], about["pairs"]], sort_keys=True)
+    key = json.dumps(
+        [step.name, own, step.more(run), rests, about["fingerprint"], about["asked"], about["pairs"]], sort_keys=True
+    )
     which = hashlib.sha256(key.encode()).hexdigest()
     old = steps.get(step.name)
     if old and old["identity"] == which:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses as dc
-from typing import get_args
+from typing import Literal, get_args
 
 from emocircuits.circuits.flow import Loss
 from emocircuits.circuits.heads import Reads
@@ -15,6 +15,7 @@ from emocircuits.circuits.tracing import At, By, Follow, Score, SourceToken
 from emocircuits.circuits.vocabulary import Spelling
 from emocircuits.sweep.steering import READINGS, ROWS, Reading, Rows
 
+Objective = Literal["balanced", "hits"]
 READINGS_OF = {
     "neuron_row": Row, "neuron_activation": Activation, "neuron_by": By, "spelling": Spelling,
     "source_token": SourceToken, "neuron_score": Score, "follow": Follow, "gradients_at": At, "flow_loss": Loss,
@@ -58,6 +59,8 @@ class Settings:
         gradients_at: "both" sides (default), "emotional", "neutral".
         flow_loss: of the "emotion words" of the answer (default), or of the whole "answer".
         enhance: factor on the circuit when its function is verified.
+        tune: choose strengths of VEENA.
+        objective: what is then maximised: "balanced" (default) or "hits".
     """
 
     seed: int = 0
@@ -91,6 +94,8 @@ class Settings:
     gradients_at: At = "both"
     flow_loss: Loss = "emotion words"
     enhance: float = 2.0
+    tune: bool = True
+    objective: Objective = "balanced"
 
     def require(self, subject: Subject) -> None:
         """Refuse what the model has not, before anything runs.
@@ -104,6 +109,7 @@ class Settings:
             ("inject_reading", self.inject_reading, READINGS),
             ("head_reads", self.head_reads, ("projection", "log-odds")),
             ("head_rows", self.head_rows, ("all", "last")),
+            ("objective", self.objective, get_args(Objective)),
             *((name, getattr(self, name), get_args(kind)) for name, kind in READINGS_OF.items()),
         ):
             if value not in known:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses as dc
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,16 @@ from emocircuits.circuits.lens import Lens, visual_lens
 from emocircuits.circuits.maps import Maps, attention_maps
 from emocircuits.circuits.neurons import Neurons, critical_neurons
 from emocircuits.circuits.pairs import Pairs
+from emocircuits.circuits.questions import Question
 from emocircuits.circuits.settings import Settings
 from emocircuits.circuits.stages import Stages, stage_patching
 from emocircuits.circuits.steering import TENSORS, SteeringVectors, extract
 from emocircuits.circuits.subject import Subject
+from emocircuits.circuits.tuning import Tuning, tune
 from emocircuits.circuits.verification import Verification, verify
+
+TUNING_DRAWS = 20
+"""Random controls of the confirmation, at least."""
 
 
 @dc.dataclass(eq=False)
@@ -28,6 +34,7 @@ class Run:
     """A localisation under way.
 
     Attributes:
+        questions: of general ability: every other one where strengths are chosen, the rest where that is confirmed.
         found: result of each step that is done, by name.
     """
 
@@ -38,6 +45,7 @@ class Run:
     folder: Path
     progress: bool
     fingerprint: str
+    questions: tuple[Question, ...] = ()
     found: dict[str, Any] = dc.field(default_factory=dict)
 
     @property
@@ -87,6 +95,7 @@ class Step:
         find: makes it.
         tell: what it found, in a line.
         needless: why there is nothing to find in this run, or "".
+        more: what else it depends on.
     """
 
     name: str
@@ -97,6 +106,7 @@ class Step:
     find: Callable[[Run], Any]
     tell: Callable[[Any], str]
     needless: Callable[[Run], str] = lambda run: ""
+    more: Callable[[Run], Any] = lambda run: None
 
 
 def _steering(run: Run) -> SteeringVectors:
@@ -214,6 +224,37 @@ def _verification_told(found: Verification) -> str:
     return ", ".join(f"{c.action} {c.what} {c.effect.change:+.3f}" for c in found.checks if c.side == "emotional")
 
 
+def _tuning(run: Run) -> Tuning:
+    s = run.settings
+    return tune(
+        run.subject, circuit_of(run), run.few(run.analyze), run.few(run.extract), objective=s.objective,
+        questions=run.questions[::2], held_out_questions=run.questions[1::2], draws=max(s.draws, TUNING_DRAWS),
+        seed=s.seed, progress=run.progress,
+    )  # fmt: skip
+
+
+def _tuning_told(found: Tuning) -> str:
+    if found.confirmation is None:
+        return f"none of {len(found.trials)} settings within the rails is better than the model left alone"
+    hit, s = found.confirmation.hit, found.best.setting
+    above = "above" if found.confirmation.above_every_draw else "not above"
+    return (
+        f"beta {s['beta']:g}, gamma {s['gamma']:g}: on held-out pairs hit rate {hit.base:.3f} to {hit.value:.3f}, "
+        f"{above} every random draw"
+    )
+
+
+def _not_tuned(run: Run) -> str:
+    if not run.settings.tune:
+        return "not asked for"
+    neurons: Neurons | None = run.found.get("neurons")
+    return "" if run.critical or (neurons is not None and neurons.explicit) else "the circuit is empty"
+
+
+def _asked(run: Run) -> list[list[str]]:
+    return [[q.prompt, q.answer, q.begins, hashlib.sha256(q.image.tobytes()).hexdigest()] for q in run.questions]
+
+
 def _pairs_told(found: Any) -> str:
     return f"{len(found.ids)} pairs"
 
@@ -250,6 +291,10 @@ STEPS: tuple[Step, ...] = (
         "verification", "verification.json", ("answered", "enhance", "draws", "seed"), ("heads", "neurons"),
         Verification, _verification, _verification_told, _no_heads,
     ),
+    Step(
+        "tuning", "tuning.json", ("tune", "objective", "answered", "draws", "seed"), ("heads", "neurons"),
+        Tuning, _tuning, _tuning_told, _not_tuned, _asked,
+    ),
 )  # fmt: skip
 
 
@@ -268,6 +313,9 @@ def circuit_of(run: Run) -> Circuit:
         "l_emo": "given" if run.settings.l_emo is not None else run.found["layers"].settings["l_emo"],
         "neurons": None if neurons is None else neurons.settings, "seed": run.settings.seed,
     }  # fmt: skip
+    tuning: Tuning | None = run.found.get("tuning")
+    if tuning is not None:
+        settings["veena"] = tuning.best.setting
     return Circuit(
         str(config.model_type), run.subject.handle.geometry.layers, run.l_emo,
         tuple((c.layer, c.head) for c in critical),
