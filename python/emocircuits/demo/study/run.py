@@ -29,7 +29,7 @@ from emocircuits.measure import images_once
 FORMAT = "emocircuits.embedded-study/1"
 FIRST = {"rank": 106_000, "choose": 106_300, "report": 106_600}
 """Identities from here on, of each part; nothing else uses them."""
-SHOWN = {"vee": 6, "ena": 4}
+SHOWN = {"vee": 6, "ena": 2}
 """Rankings that are reported, each at its best setting: the chosen one and those after it."""
 
 
@@ -93,9 +93,9 @@ def study(
         results: dict[str, Any] = {}
         for half in ("vee", "ena"):
             results[half] = _half(half, parts, step)
+        results["told"] = step("ena-told", partial(_told, parts, results["ena"].pop("rankings")))
         setting = setting_of(results["vee"]["chosen"])
         results["places"] = step("vee-places", partial(_places, parts, setting, results["vee"].pop("rankings")))
-        results["told"] = step("ena-told", partial(_told, parts, results["ena"].pop("rankings")))
     result = {
         **identity, "identities": {n: [p[0], p[-1]] for n, p in people.items()}, **results,
         "training_seed": _training_seed(Path(weights)), "seconds": seconds, **provenance("cpu"),

@@ -60,16 +60,16 @@ def vee_settings(rankings: Sequence[str]) -> list[Setting]:
 
 
 def ena_settings(rankings: Sequence[str]) -> list[Setting]:
-    """Tried of ENA: rankings made for rows of the prompt there, others in generated rows, two of them everywhere."""
+    """Tried of ENA: rankings made for rows of the prompt there, others in generated rows, the paper's everywhere."""
     found = []
     for r in rankings:
         place = r.rpartition("-")[2]
         if r.startswith(TOLD):
             continue
         if place in ("visual", "query"):
-            found += [Setting("ena", r, 100, gamma, place) for gamma in (2.5, 4.0)]
+            found.append(Setting("ena", r, 100, 4.0, place))
             continue
         found += [Setting("ena", r, n, gamma, "decode") for n in (10, 30, 100) for gamma in (1.5, 2.5, 4.0)]
-        if r in ("vocabulary", "probability-decode"):
-            found += [Setting("ena", r, 30, gamma, "all") for gamma in (1.5, 2.5)]
+        if r == "vocabulary":
+            found.append(Setting("ena", r, 30, 1.6, "all"))
     return found

@@ -65,8 +65,8 @@ def choose(
             continue
         sets = drawn.setdefault((s.ranking, s.count), [random_like(members, count, rng) for _ in range(draws)])
         said = bench.weak.said(s.plan(members))
-        # Prompts that a plan edits have to be run again: fewer draws there.
-        few = sets if s.place == "decode" else sets[:2]
+        # Prompts that a plan edits have to be run again: one draw there.
+        few = sets if s.place == "decode" else sets[:1]
         random = [float(bench.weak.said(s.plan(m)).hit.mean()) for m in few]
         hit, cost = float(said.hit.mean()), bench.cost(bench.rest.said(s.plan(members)))
         value = hit - (float(np.mean(random)) + max(random)) / 2 + cost / 2
