@@ -347,3 +347,16 @@ def test_attention_that_loses_the_cap_of_its_logits():
     model.set_attn_implementation("without_cap")
     with pytest.raises(ValueError, match="without its cap of attention logits; load it with attn_impl"):
         Sweep(model, inputs, {**inputs, "input_ids": inputs["input_ids"].flip(1)}, METRIC, progress=False)
+
+
+def test_numbers_that_are_none():
+    for wrong in (9.5, "9", None):
+        with pytest.raises(TypeError, match="expected the id of a token"):
+            logit_diff(A, wrong)
+        with pytest.raises(TypeError, match="expected the id of a token"):
+            log_prob(wrong)
+    assert logit_diff(torch.tensor(A), B) == METRIC
+    model, clean, corrupt = pair("llama")
+    for wrong in (0, 2.5, True):
+        with pytest.raises(ValueError, match="expected a whole number of prompts"):
+            Sweep(model, clean, corrupt, METRIC, batch=wrong, progress=False)

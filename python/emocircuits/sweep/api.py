@@ -113,8 +113,8 @@ class Sweep:
         resampled = isinstance(patch_with, str) and patch_with == "resample"
         if resample is not None and not resampled:
             raise ValueError("resample= is given, and patch_with is not 'resample': nothing would be drawn from it")
-        if batch is not None and batch < 1:
-            raise ValueError(f"batch is {batch}, expected at least 1")
+        if batch is not None and (not isinstance(batch, int) or isinstance(batch, bool) or batch < 1):
+            raise ValueError(f"batch is {batch!r}, expected a whole number of prompts, at least 1")
         if activations not in WHERE:
             raise ValueError(f"activations is {activations!r}, expected one of {', '.join(WHERE)}")
         if isinstance(patch_with, Tensor) and not bool(torch.isfinite(patch_with).all()):

@@ -7,6 +7,7 @@ patch.
 from __future__ import annotations
 
 import dataclasses as dc
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -136,12 +137,19 @@ class Free(Metric):
 
 def logit_diff(a: int, b: int, pos: int = -1) -> Metric:
     """Logit of token ``a`` less that of ``b`` at column ``pos``."""
-    return LogitDiff(pos, int(a), int(b))
+    return LogitDiff(pos, _token(a), _token(b))
 
 
 def log_prob(token: int, pos: int = -1) -> Metric:
     """Log probability (nats) of ``token`` at column ``pos``."""
-    return LogProb(pos, int(token))
+    return LogProb(pos, _token(token))
+
+
+def _token(given: object) -> int:
+    try:
+        return operator.index(given)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"token {given!r} is a {type(given).__name__}: expected the id of a token") from None
 
 
 def kl(pos: int = -1) -> Metric:
