@@ -55,7 +55,8 @@ def embedded_questions(count: int = 40, *, first: int = FIRST) -> list[Question]
     (It cannot tell colours of hair.)
 
     Args:
-        count: questions, about one resting face each, as many of each kind.
+        count: questions, about one resting face each; two of one kind, two of the other, so that
+            every second one is a set of both kinds, too.
         first: identity from which on faces are drawn; other sets need others.
     """
     from emocircuits.embedded import faces, language
@@ -69,7 +70,7 @@ def embedded_questions(count: int = 40, *, first: int = FIRST) -> list[Question]
         event = language.make_event(clauses[int(rng.integers(len(clauses)))], rng)
         face = faces.face(number, "neutral", 0.0)
         number += 1
-        person, asks_clothes = STYLE[who.style].person, len(found) % 2 == 0
+        person, asks_clothes = STYLE[who.style].person, len(found) % 4 < 2
         if asks_clothes and not person:
             continue
         if asks_clothes:
