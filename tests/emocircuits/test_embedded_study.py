@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 import pytest
-import torch
 
 from emocircuits.demo.cases import WEAK, Prompts, Scores, answers, contradicting
 from emocircuits.demo.study.asked import Asked
@@ -60,8 +59,8 @@ def test_gradients_are_the_slopes_of_amplifying(embedded):
         assert change == pytest.approx(table[neuron], rel=0.1, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_whole_study_goes_on_where_it_was_and_refuses_another(tmp_path):
-    torch.manual_seed(0)
     sizes = Sizes(rank=4, choose=4, report=4, draws=10, few=1)
     short = {"sizes": sizes, "progress": False, "say": lambda line: None}
     result = study(tmp_path, **short)
