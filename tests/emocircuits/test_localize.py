@@ -146,7 +146,8 @@ def test_changed_settings_are_found_again_and_what_rests_on_them(done, manifest,
     said = run(tmp_path, manifest, settings=dc.replace(SETTINGS, top=5))
     assert "was there" in next(line for line in said if line.startswith("layers:"))
     assert "heads: settings have changed, or what it rests on; found again" in said
-    assert "decoupling: settings have changed, or what it rests on; found again" in said
+    assert next(line for line in said if line.startswith("decoupling:")).endswith(" s)")
+    assert "was there" not in next(line for line in said if line.startswith("decoupling:"))
 
 
 def test_a_folder_of_something_else_is_refused(done, manifest, tmp_path):
@@ -176,6 +177,11 @@ def test_damaged_files_are_refused(done, manifest, tmp_path, first):
     (tmp_path / "layers.json").write_text('{"format": "emocircuits.layers/1"}')
     with pytest.raises(ValueError, match=r"layers\.json: damaged"):
         run(tmp_path, manifest)
+    assert (tmp_path / "circuit.json").exists()
+    with pytest.raises(ValueError, match="no l_emo"):
+        run(tmp_path, manifest, settings=dc.replace(SETTINGS, alphas=(1e-6,)), fresh=True)
+    assert not (tmp_path / "circuit.json").exists()
+    assert not (tmp_path / "heads.json").exists()
     assert not any("was there" in line for line in run(tmp_path, manifest, fresh=True))
 
 

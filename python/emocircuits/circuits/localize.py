@@ -135,6 +135,7 @@ def _opened(folder: Path, about: dict[str, Any], fresh: bool) -> dict[str, Any]:
     if fresh or not path.exists():
         if not fresh and any((folder / step.file).exists() for step in STEPS):
             raise ValueError(f"{folder}: has results but no {FILE}, so nobody knows of what; name a new folder")
+        _forget(folder, FILE, CIRCUIT, *(step.file for step in STEPS))
         return new
     record: Any = read_json(path, "a run")
     if not isinstance(record, dict) or record.get("format") != FORMAT:
@@ -157,6 +158,7 @@ def _step(
     if why:
         record["skipped"][step.name] = why
         steps.pop(step.name, None)
+        _forget(run.folder, step.file)
         say(f"{step.name}: left out, {why}")
         return
     rests = {name: steps[name]["identity"] for name in step.after if name in steps}
@@ -174,8 +176,16 @@ def _step(
         return
     if old:
         say(f"{step.name}: settings have changed, or what it rests on; found again")
-        del steps[step.name]
-        write_json(run.folder / FILE, record)
+    # Nothing older may stand beside what is found now, also if this is interrupted.
+    stale = [step.name]
+    for later in STEPS:
+        if set(later.after) & set(stale):
+            stale.append(later.name)
+    for other in STEPS:
+        if other.name in stale:
+            steps.pop(other.name, None)
+            _forget(run.folder, other.file, CIRCUIT)
+    write_json(run.folder / FILE, record)
     wall, cpu = time.perf_counter(), time.process_time()
     run.found[step.name] = found = step.find(run)
     found.save(run.folder)
@@ -188,3 +198,8 @@ def _step(
         "says": step.tell(found),
     }
     say(f"{step.name}: {step.tell(found)} ({wall:.1f} s)")
+
+
+def _forget(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
