@@ -2,7 +2,9 @@
 
 import dataclasses as dc
 import json
+import re
 import shutil
+from pathlib import Path
 
 import planted
 import pytest
@@ -242,3 +244,13 @@ def test_settings_are_refused_before_anything_runs(manifest, tmp_path, change, m
 def test_the_command_refuses_bad_input(tmp_path, capsys, line, match):
     assert main(["localize", *(part.format(tmp=tmp_path) for part in line)]) == 2
     assert match in capsys.readouterr().err
+
+
+def test_the_page_names_options_that_there_are(capsys):
+    page = (Path(__file__).parents[2] / "docs" / "localize.md").read_text()
+    with pytest.raises(SystemExit):
+        main(["localize", "--help"])
+    help = capsys.readouterr().out
+    named = set(re.findall(r"`(--[a-z-]+)", page)) - {"--circuit", "--beta"}  # of veena
+    assert len(named) > 20
+    assert [option for option in sorted(named) if option not in help] == []
