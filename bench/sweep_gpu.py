@@ -85,7 +85,7 @@ class OneModel(Workload):
         corrupt = clean.clone()
         for column in {4, 5, args.columns // 2, 3 * args.columns // 4}:
             corrupt[0, column] = 10 + (corrupt[0, column] * 7 + 13) % (args.vocabulary - 10)
-        return cls(Path(), args, clean.to(device), corrupt.to(device), 4, (17, 42), model)
+        return cls(Path(), args, clean.to(device), corrupt.to(device), made=model)
 
     def model(self, attention: str = "sdpa") -> Any:
         """The same weights in modules of their own: nnsight puts a forward of its own into those it gets."""

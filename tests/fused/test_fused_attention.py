@@ -6,7 +6,7 @@ import pytest
 import torch
 from attention_oracle import oracle_of
 from device import DEVICE
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from problems import LLAVA, VIDEO, qkv, random_routes, roles_of
 
@@ -67,7 +67,8 @@ def check(q, k, v, routes=None, dtype=torch.float32, **options):
     assert torch.isfinite(out.z).all()
     assert (out.z.double() - z).abs().max().item() <= budget
     assert torch.equal(out.lse == -torch.inf, lse == -torch.inf)
-    torch.testing.assert_close(out.lse.double(), lse, rtol=0, atol=2e-6 * max(1.0, float(lse[lse > -99].abs().max())))
+    largest = max([1.0, *lse[lse > -99].abs().flatten().tolist()])
+    torch.testing.assert_close(out.lse.double(), lse, rtol=0, atol=2e-6 * largest)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -279,6 +280,9 @@ class TestSchedule:
 
 
 # The interpreter is too slow for shrinking.
+@example(  # no row sees a key
+    share=1, n=4, more=2, batch=1, runs=[(1, 14)], padded=10, window=None, softcap=3.0, dim=20, seed=74
+)
 @settings(max_examples=15, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
 @given(
     share=st.sampled_from([1, 2, 7]), n=st.integers(1, 40), more=st.integers(0, 30), batch=st.integers(1, 2),
