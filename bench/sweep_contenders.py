@@ -138,14 +138,15 @@ class Workload:
 
     def patches(self, job: str) -> list[Patch]:
         a = self.args
-        layers, columns = range(a.layers), self.positions()
+        layers = range(a.layers)
         if job == "heads":
             return [Patch(l, None, h) for l in layers for h in range(a.heads)]
+        if job == "neurons":
+            return [Patch(l, None, g) for l in layers for g in range(a.groups)]
+        columns = self.positions()
         if job == "heads-each":
             return [Patch(l, c, h) for l in layers for c in columns for h in range(a.heads)]
-        if job == "residual-each":
-            return [Patch(l, c, None) for l in layers for c in columns]
-        return [Patch(l, None, g) for l in layers for g in range(a.groups)]
+        return [Patch(l, c, None) for l in layers for c in columns]
 
     def metric(self, logits: Tensor) -> Tensor:
         return logits[0, -1, self.answers[0]] - logits[0, -1, self.answers[1]]
