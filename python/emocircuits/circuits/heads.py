@@ -14,16 +14,15 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors.numpy import load as load_tensors
-from safetensors.numpy import save as save_tensors
 from scipy import stats
 from torch import Tensor
 
 from emocircuits.circuits.pairs import Pairs
 from emocircuits.circuits.patch_effects import ranked
 from emocircuits.circuits.steering import SteeringVectors
+from emocircuits.circuits.stored import read_record, read_tables, write_tables
 from emocircuits.circuits.subject import Subject
-from emocircuits.files import read_json, write_bytes, write_json
+from emocircuits.files import write_bytes, write_json
 from emocircuits.measure import capture
 from emocircuits.scoring.statistics import intervals
 from emocircuits.sweep import Sweep
@@ -116,7 +115,7 @@ class Heads:
 
         folder = Path(folder)
         names = ("effects", "intention", "restored", "gaps", "half")
-        write_bytes(folder / TENSORS, save_tensors({n: np.ascontiguousarray(getattr(self, n)) for n in names}))
+        digest = write_tables(folder / TENSORS, {n: getattr(self, n) for n in names})
         layers, heads = np.indices(self.effects.shape).reshape(2, -1)
         columns: dict[str, Any] = {
             "layer": layers, "head": heads, "effect": self.effects.ravel(), "intention": self.intention.ravel(),
@@ -126,7 +125,7 @@ class Heads:
         pq.write_table(pa.table(columns), sink)
         write_bytes(folder / TABLE, sink.getvalue().to_pybytes())
         record = {
-            "format": FORMAT, "tensors": TENSORS, "table": TABLE, "settings": self.settings,
+            "format": FORMAT, "tensors": TENSORS, "sha256": digest, "table": TABLE, "settings": self.settings,
             "average_over": "pairs", "n": len(self.emotions), "emotions": list(self.emotions),
             "candidates": [dc.asdict(c) for c in self.candidates],
         }  # fmt: skip
@@ -135,14 +134,8 @@ class Heads:
     @classmethod
     def load(cls, folder: str | Path) -> Heads:
         """Read what :meth:`save` wrote; ``ValueError`` says what is wrong with it."""
-        path = Path(folder) / FILE
-        record: Any = read_json(path, "critical heads")
-        if not isinstance(record, dict) or record.get("format") != FORMAT:
-            raise ValueError(f"{path}: not critical heads (expected format {FORMAT!r})")
-        try:
-            tensors = load_tensors((path.parent / TENSORS).read_bytes())
-        except Exception as error:
-            raise ValueError(f"{path.parent / TENSORS}: cannot be read ({error}); find the heads again") from error
+        record = read_record(Path(folder) / FILE, FORMAT, "critical heads")
+        tensors: dict[str, Any] = read_tables(Path(folder) / TENSORS, record.get("sha256", ""))
         candidates = tuple(Candidate(**c) for c in record["candidates"])
         return cls(**tensors, emotions=tuple(record["emotions"]), candidates=candidates, settings=record["settings"])
 
@@ -273,7 +266,7 @@ def patched(
     if not answer and l_emo < last:
         parts.append((last, range(l_emo + 1, last + 1)))
     for read, layers in parts:
-        metrics = [_metric(subject, steering, e, read, reads, pooled) for e in pairs.emotions]
+        metrics = [reading(subject, steering, e, read, reads, pooled) for e in pairs.emotions]
         sweep = Sweep(subject.model, clean=sides[0], corrupt=sides[1], metric=metrics, progress=progress)
         more: dict[str, Any] = {"prescreen": prescreen, "confirm": confirm} if prescreen else {}
         result = sweep.heads("all" if rows == "all" else [-1], layers=list(layers), **more)
@@ -287,9 +280,19 @@ def patched(
     return restored, gaps
 
 
-def _metric(
+def reading(
     subject: Subject, steering: SteeringVectors, emotion: str, layer: int, reads: Reads, pooled: bool
 ) -> Metric:
+    """What measures a patch: ``<resid_post[layer], S / |S|>`` of the last row, or the log-odds of the emotion's words.
+
+    Args:
+        subject: the model.
+        steering: of Stage I.
+        emotion: of the pair.
+        layer: whose output is projected; log-odds are of the logits.
+        reads: which of the two.
+        pooled: one steering vector for all emotions.
+    """
     if reads == "log-odds":
         return LogOdds(-1, tuple(subject.lexicon.first_tokens(subject.tokenizer, emotion).tolist()))
     vector = steering.of(None if pooled else emotion)[layer]

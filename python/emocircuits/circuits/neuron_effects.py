@@ -10,13 +10,12 @@ import numpy as np
 from scipy import stats
 from tqdm.auto import tqdm
 
-from emocircuits.circuits.heads import LogOdds, Reads, Rows
+from emocircuits.circuits.heads import Reads, Rows, reading
 from emocircuits.circuits.pairs import Pairs
 from emocircuits.circuits.steering import SteeringVectors
 from emocircuits.circuits.subject import Subject
 from emocircuits.scoring.statistics import intervals
 from emocircuits.sweep import Sweep
-from emocircuits.sweep.metrics import Metric, projection
 
 NEAREST = 10
 """A random control is drawn from so many neurons that are nearest in mean activation."""
@@ -91,7 +90,7 @@ def patched_neurons(
             one = pairs.take([i])
             sides = [one.inputs(subject, side, answer=reads == "log-odds") for side in ("emotional", "neutral")]
             for at, by_layer in groups.items():
-                metric = _metric(subject, steering, pairs.emotions[i], at, reads, pooled)
+                metric = reading(subject, steering, pairs.emotions[i], at, reads, pooled)
                 sweep = Sweep(subject.model, clean=sides[0], corrupt=sides[1], metric=metric, progress=False)
                 for layer, columns in by_layer.items():
                     table = sweep.neurons([[places[j][1]] for j in columns], positions, layers=[layer])
@@ -99,15 +98,6 @@ def patched_neurons(
                     gaps[i, columns] = sweep.clean - sweep.corrupt
                     bar.update(len(columns))
     return restored, gaps
-
-
-def _metric(
-    subject: Subject, steering: SteeringVectors, emotion: str, layer: int, reads: Reads, pooled: bool
-) -> Metric:
-    if reads == "log-odds":
-        return LogOdds(-1, tuple(subject.lexicon.first_tokens(subject.tokenizer, emotion).tolist()))
-    vector = steering.of(None if pooled else emotion)[layer]
-    return projection(vector / vector.norm(), layer)
 
 
 @dc.dataclass(frozen=True)

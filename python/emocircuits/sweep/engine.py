@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from emocircuits.sweep import attend
 from emocircuits.sweep.memory import SHARE, Demand, free, too_large
 from emocircuits.sweep.readout import Readout
 from emocircuits.sweep.resume import Decoder, Packed
@@ -170,8 +171,6 @@ class Run:
                 parts[-1][1].append(v.unit)
             else:
                 parts.append((columns, [v.unit]))
-        from emocircuits.sweep import attend
-
         with attend.switched(self.sweep.handle), self.sweep.products:
             entry = self.entry(variants[0].layer)
             layer, packed = entry(parts, variants[0].column is not None)
