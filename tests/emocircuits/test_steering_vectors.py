@@ -81,7 +81,7 @@ def test_truncated_vectors_are_refused(found, tmp_path):
     with pytest.raises(ValueError, match="damaged or cut off"):
         SteeringVectors.load(tmp_path)
     (tmp_path / TENSORS).unlink()
-    with pytest.raises(ValueError, match="cannot read the vectors"):
+    with pytest.raises(ValueError, match="cannot read the tables"):
         SteeringVectors.load(tmp_path)
     (tmp_path / FILE).write_text("{}")
     with pytest.raises(ValueError, match="not steering vectors"):

@@ -18,7 +18,8 @@ from scipy import stats
 
 from emocircuits.circuits.heads import Heads
 from emocircuits.circuits.patch_effects import ranked
-from emocircuits.files import read_json, write_json
+from emocircuits.circuits.stored import read_record
+from emocircuits.files import write_json
 
 FORMAT = "emocircuits.decoupling/1"
 FILE = "decoupling.json"
@@ -83,10 +84,7 @@ class Decoupling:
     @classmethod
     def load(cls, folder: str | Path) -> Decoupling:
         """Read what :meth:`save` wrote."""
-        path = Path(folder) / FILE
-        record: Any = read_json(path, "overlaps of emotions")
-        if not isinstance(record, dict) or record.get("format") != FORMAT:
-            raise ValueError(f"{path}: not overlaps of emotions (expected format {FORMAT!r})")
+        record = read_record(Path(folder) / FILE, FORMAT, "overlaps of emotions")
         return cls(
             record["k"], {e: tuple((a, b) for a, b in s) for e, s in record["sets"].items()},
             tuple(Overlap(**o) for o in record["overlaps"]), tuple((a, b) for a, b in record["general"]),

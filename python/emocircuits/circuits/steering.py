@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import dataclasses as dc
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from emocircuits.circuits.pairs import SIDES, Pairs
+from emocircuits.circuits.stored import read_record, read_tables, write_tables
 from emocircuits.circuits.subject import Subject
-from emocircuits.files import read_json, write_bytes, write_json
+from emocircuits.files import write_json
 from emocircuits.measure import capture
 
 FORMAT = "emocircuits.steering/1"
@@ -74,10 +71,9 @@ class SteeringVectors:
     def save(self, folder: str | Path) -> Path:
         """Write ``steering.safetensors`` and, after it, ``steering.json``, which says what is in it and why."""
         folder = Path(folder)
-        data = save_tensors({"vectors": self.vectors.contiguous(), "pooled": self.pooled.contiguous()})
-        write_bytes(folder / TENSORS, data)
+        digest = write_tables(folder / TENSORS, {"vectors": self.vectors.numpy(), "pooled": self.pooled.numpy()})
         record = {
-            "format": FORMAT, "tensors": TENSORS, "sha256": hashlib.sha256(data).hexdigest(),
+            "format": FORMAT, "tensors": TENSORS, "sha256": digest,
             "emotions": list(self.emotions), "kept": list(self.kept), "total": list(self.total), "tau": self.tau,
             "average_over": "kept pairs", "samples": [dc.asdict(s) for s in self.samples],
         }  # fmt: skip
@@ -90,20 +86,8 @@ class SteeringVectors:
         Raises:
             ValueError: there is nothing, or the tensors are not whole.
         """
-        path = Path(folder) / FILE
-        record: Any = read_json(path, "steering vectors")
-        if not isinstance(record, dict) or record.get("format") != FORMAT:
-            raise ValueError(f"{path}: not steering vectors (expected format {FORMAT!r})")
-        file = path.parent / TENSORS
-        try:
-            data = file.read_bytes()
-        except OSError as error:
-            raise ValueError(f"{file}: cannot read the vectors ({error.strerror or error})") from error
-        if hashlib.sha256(data).hexdigest() != record["sha256"]:
-            raise ValueError(
-                f"{file}: damaged or cut off, {len(data)} bytes that are not what {path.name} says; find them again"
-            )
-        tensors = load_tensors(data)
+        record = read_record(Path(folder) / FILE, FORMAT, "steering vectors")
+        tensors = {n: torch.from_numpy(x) for n, x in read_tables(Path(folder) / TENSORS, record["sha256"]).items()}
         return cls(
             tuple(record["emotions"]), tensors["vectors"], tuple(record["kept"]), tuple(record["total"]),
             tensors["pooled"], tuple(Sample(**s) for s in record["samples"]), record["tau"],
